@@ -1,0 +1,100 @@
+"""The attention function that reads a quantized cache, registered with transformers as "kvbench"."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from kvbench.cache.layer import QuantizedLayer
+    from kvbench.cache.ragged import Ragged
+
+NAME = "kvbench"
+
+
+class StoredStates:
+    """What a quantized layer's `update` returns instead of keys and values."""
+
+    def __init__(self, layer: QuantizedLayer, keys: Tensor, values: Tensor) -> None:
+        """Remember the layer and this step's own exact states (B, H, n, D)."""
+        self.layer, self.keys, self.values = layer, keys, values
+        self.before: tuple[Ragged, Ragged] | None = None
+        """Stored keys and values before this step, when a conversation goes on exactly."""
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Grouped-query attention: (B, Hq, n, D) on (B, H, T, D); visible is (B, 1, n, T) bool or None."""
+    rows, heads, new, width = query.shape
+    groups = heads // keys.shape[1]
+    if visible is not None:
+        # A padding query sees nothing; let it see everything, its output is never used.
+        visible = visible | ~visible.any(-1, keepdim=True)
+    if softcap is not None:
+        return _softcapped(query, keys, values, visible, scaling, softcap)
+    if new == 1:
+        query = query.reshape(rows, keys.shape[1], groups, width)
+    elif groups > 1:
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    out = scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scaling)
+    return out.reshape(rows, heads, new, values.shape[-1])
+
+
+def _softcapped(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    scaling: float,
+    softcap: float,
+) -> Tensor:
+    """Attention whose logits are softcap · tanh(logits / softcap) (Gemma-2)."""
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    logits = softcap * torch.tanh(query @ keys.transpose(2, 3) * scaling / softcap)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    return logits.float().softmax(-1).to(query.dtype) @ values
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | StoredStates,
+    value: Tensor | StoredStates,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (B, Hq, n, D) after RoPE to (B, n, Hq, D).
+
+    Plain tensors (vision towers, other caches) take transformers' sdpa.
+    """
+    if isinstance(key, StoredStates):
+        out = key.layer.attend(module, query, key, attention_mask, **options)
+        return out.transpose(1, 2).contiguous(), None
+    if options.get("softcap") is not None:
+        visible = attention_mask
+        if visible is None and query.shape[2] > 1:
+            shape = (query.shape[2], key.shape[2])
+            visible = torch.ones(shape, dtype=torch.bool, device=query.device)
+            visible = visible.tril(shape[1] - shape[0])[None, None]
+        out = attend(query, key, value, visible, options["scaling"], options["softcap"])  # type: ignore[arg-type]
+        return out.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+# Both tables: without the second the mask is silently None and padding is attended to.
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

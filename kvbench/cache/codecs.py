@@ -1,0 +1,210 @@
+"""Group quantizers F1, F2 and F4: asymmetric with a float offset or an integer zero point, symmetric.
+
+Codes are computed with the metadata as stored (rounded to float16), so decoding is consistent.
+A group whose range is negligible against its magnitude is stored as one constant; NaN never comes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvbench.cache.contract import Packed
+from kvbench.cache.packing import check_packable, pack, unpack
+from kvbench.errors import UserError
+
+Zero = Literal["int", "float", "symmetric"]
+ClipMode = Literal["scale", "midpoint"]
+_HALF_MAX = 65504.0
+_CONSTANT = 2.0**-15
+"""Steps smaller than this share of the largest magnitude are a constant group: an int16 zero point
+(and float16's own resolution) can't tell its values apart."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Keeps states in the dtype they came in."""
+
+    bits: int = 16
+    block: int = 1
+
+    def check(self, channels: int) -> None:
+        """Anything can be kept."""
+
+    def encode(self, x: Tensor) -> Packed:
+        """(B, H, n, C) unchanged."""
+        return (x,)
+
+    def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """(B, H, n, C) unchanged."""
+        return packed[0]
+
+    def bits_per_element(self, channels: int) -> float:
+        """16: the widths of float16 and bfloat16 (a float32 model stores 32)."""
+        return 16.0
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Round-to-nearest in groups, per token (along channels) or per channel (along tokens).
+
+    zero="int" is F2, AKVQ-VL eq. 3-6 (float16 scale, int16 zero point, not clamped to the codes);
+    zero="float" is F1, KIVI and SKVQ (float16 scale and minimum); zero="symmetric" is F4, SmoothQuant
+    (float16 scale alone). `group` is a number of neighbours, or the sizes of uneven channel groups.
+    `clip` multiplies both ends of the range ("scale") or shrinks it about its middle ("midpoint").
+    `metadata` "fp8" stores scale and minimum as float8 e4m3 (zero="float" only).
+    """
+
+    bits: int
+    group: int | tuple[int, ...]
+    along: Literal["channels", "tokens"] = "channels"
+    zero: Zero = "int"
+    clip: float = 1.0
+    clip_mode: ClipMode = "scale"
+    metadata: Literal["fp16", "fp8"] = "fp16"
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        if not 0.0 < self.clip <= 1.0:
+            raise UserError(f"clip must lie in (0, 1], not {self.clip}.")
+        if isinstance(self.group, int) and self.group < 1:
+            raise UserError(f"the group size must be positive, not {self.group}.")
+        if self.metadata == "fp8" and self.zero != "float":
+            raise UserError('fp8 metadata needs zero="float": an integer zero point is exact.')
+
+    @property
+    def block(self) -> int:
+        """Tokens encoded together."""
+        return self.group if self.along == "tokens" and isinstance(self.group, int) else 1
+
+    def check(self, channels: int) -> None:
+        """Raise UserError when vectors of `channels` numbers can't be stored."""
+        check_packable(self.bits, channels)
+        if self.along == "tokens":
+            return
+        sizes = self.group
+        if isinstance(sizes, int) and channels % sizes:
+            raise UserError(
+                f"{channels} channels can't be cut into groups of {sizes}; choose a group size that "
+                "divides them."
+            )
+        if not isinstance(sizes, int) and sum(sizes) != channels:
+            raise UserError(f"groups of {sum(sizes)} channels don't cover {channels} channels.")
+
+    def bits_per_element(self, channels: int) -> float:
+        """Payload plus metadata over the group: specs of the literature write b + m/g."""
+        per_group = 16 if self.zero == "symmetric" else 32
+        if self.metadata == "fp8":
+            per_group = 16
+        if isinstance(self.group, int):
+            return self.bits + per_group / self.group
+        return self.bits + per_group * len(self.group) / channels
+
+    def encode(self, x: Tensor) -> Packed:
+        """(B, H, n, C) to codes uint8 and metadata; n must be a multiple of `block`."""
+        grouped = self._grouped(x.float())
+        meta = self._metadata(grouped)
+        codes = self._codes(x.float(), [self._spread(m, x.shape) for m in meta])
+        if self.along == "tokens":
+            codes = codes.unflatten(2, (-1, self.block))
+        return pack(codes, self.bits), *meta
+
+    def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """Codes and metadata to (B, H, n, C)."""
+        codes = unpack(packed[0], self.bits)
+        if self.along == "tokens":
+            codes = codes.flatten(2, 3)
+        scale, *offset = (self._spread(m, codes.shape) for m in packed[1:])
+        steps = codes.to(scale.dtype)
+        if self.zero == "symmetric":
+            return (scale * (steps - 2 ** (self.bits - 1))).to(dtype)
+        if self.zero == "int":
+            return (scale * (steps - offset[0])).to(dtype)
+        return torch.addcmul(offset[0], steps, scale).to(dtype)
+
+    @property
+    def _levels(self) -> int:
+        return int(2**self.bits - 1)
+
+    @cached_property
+    def _group_of_channel(self) -> Tensor:
+        sizes = self.group if isinstance(self.group, tuple) else ()
+        return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+    def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of every group, shaped like the metadata."""
+        if self.along == "tokens":
+            blocks = x.unflatten(2, (-1, self.block))
+            return blocks.amin(3), blocks.amax(3)
+        if isinstance(self.group, int):
+            blocks = x.unflatten(-1, (-1, self.group))
+            return blocks.amin(-1), blocks.amax(-1)
+        index = self._group_of_channel.to(x.device).expand(x.shape)
+        empty = x.new_zeros(*x.shape[:-1], len(self.group))
+        low = empty.scatter_reduce(-1, index, x, "amin", include_self=False)
+        return low, empty.scatter_reduce(-1, index, x, "amax", include_self=False)
+
+    def _spread(self, meta: Tensor, shape: torch.Size) -> Tensor:
+        """Metadata of groups in float32, one value for each element of (B, H, n, C) or broadcastable."""
+        meta = meta.float()
+        if self.along == "tokens":
+            return meta.repeat_interleave(self.block, 2)
+        if isinstance(self.group, int):
+            return meta if meta.shape[-1] == 1 else meta.repeat_interleave(self.group, -1)
+        return meta[..., self._group_of_channel.to(meta.device)]
+
+    def _metadata(self, ends: tuple[Tensor, Tensor]) -> Packed:
+        low, high = ends
+        largest = torch.maximum(low.abs(), high.abs())
+        if self.zero == "symmetric":
+            # SmoothQuant floors absmax at 1e-5; a zero group must decode to zero all the same.
+            step = largest.clamp_min(1e-5) * self.clip / max(2 ** (self.bits - 1) - 1, 1)
+            return (step.clamp_max(_HALF_MAX).half(),)
+        clipped_low, clipped_high = self._clipped(low, high)
+        scale = ((clipped_high - clipped_low) / self._levels).clamp_max(_HALF_MAX)
+        scale = self._rounded(scale).float()
+        constant = scale <= largest * _CONSTANT
+        middle = (low + high) / 2
+        if self.zero == "float":
+            scale = scale.masked_fill(constant, 1.0)
+            offset = torch.where(constant, middle, clipped_low)
+            return self._rounded(scale), self._rounded(offset)
+        return self._integer_metadata(scale, clipped_low, middle.half().float(), constant)
+
+    def _integer_metadata(
+        self, scale: Tensor, low: Tensor, middle: Tensor, constant: Tensor
+    ) -> Packed:
+        """A constant v is scale |v|, zero point -sign(v), code 0."""
+        size = torch.where(middle == 0, 1.0, middle.abs())
+        scale = torch.where(constant, size, scale)
+        zero = torch.where(constant, -middle.sign(), torch.round(-low / scale))
+        return scale.half(), zero.clamp(-32768, 32767).to(torch.int16)
+
+    def _clipped(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.clip_mode == "scale":
+            return low * self.clip, high * self.clip
+        middle, half = (low + high) / 2, (high - low) / 2 * self.clip
+        return middle - half, middle + half
+
+    def _rounded(self, meta: Tensor) -> Tensor:
+        if self.metadata == "fp8":
+            return meta.clamp(-448, 448).to(torch.float8_e4m3fn)
+        return meta.half()
+
+    def _codes(self, x: Tensor, meta: list[Tensor]) -> Tensor:
+        scale = meta[0]
+        if self.zero == "symmetric":
+            half = 2 ** (self.bits - 1)
+            return (torch.round(x / scale).clamp(-half, half - 1) + half).to(torch.uint8)
+        if self.zero == "int":
+            codes = torch.round(x / scale) + meta[1]
+            return codes.clamp(0, self._levels).to(torch.uint8)
+        return torch.round((x - meta[1]) / scale).clamp(0, self._levels).to(torch.uint8)

@@ -1,0 +1,183 @@
+"""What a method implements: four small parts and one function.
+
+A method is a frozen dataclass of hyper-parameters with `layer(spec, calibration)`, which composes a
+transform, a codec and a window for keys and for values, and a plan that says how many bits each
+token gets. It never sees a model, a cache or a loop over layers; the cache owns everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+EXACT = 16
+"""Bits that mean "keep the token in the model's own 16-bit (or wider) dtype"."""
+
+Protocols = Literal["quantized_prefill", "exact_prefill"]
+Packed = tuple[Tensor, ...]
+"""Codes and metadata of one segment; every tensor is (B, H, n / block, ...)."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One attention layer of the model: what a method may look at when it decides how to store it."""
+
+    index: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    text_salient: bool = False
+    """Text-salient attention (TSA) layer: AKVQ-VL, Table I."""
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Facts about n new tokens of B rows; a field that the method did not ask for is None."""
+
+    valid: Tensor
+    """(B, n) bool, False on padding."""
+    is_vision: Tensor | None = None
+    """(B, n) bool, True where an image or video placeholder produced the token."""
+    residual: Tensor | None = None
+    """(B, n, hidden) residual stream entering the layer; prompt only."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be observed or calibrated before a method can run."""
+
+    modality: bool = False
+    residual: bool = False
+    statistics: tuple[str, ...] = ()
+    """Names of calibrated statistics, see `kvbench.cache.calibration.STATISTICS`."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Per-layer statistics of one model: name -> (layers, ...) float32, and where they come from."""
+
+    statistics: Mapping[str, Tensor]
+    manifest: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, name: str, layer: int) -> Tensor:
+        """The statistic `name` of one layer."""
+        return self.statistics[name][layer]
+
+
+class Transform:
+    """An invertible change of basis of one side; the identity unless overridden.
+
+    Attention stays exact when nothing is quantized: for keys
+    attend(q) · read(store(k)) = q · k, for values attend(softmax(..) · read(store(v))) = softmax(..) · v.
+    """
+
+    def store(self, x: Tensor) -> Tensor:
+        """States on their way into the cache, (B, H, n, D) to the stored shape (B, H', n, C)."""
+        return x
+
+    def read(self, x: Tensor) -> Tensor:
+        """Stored states on their way into attention, (B, H', n, C) to (B, H, n, D)."""
+        return x
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Query (key side) or attention output (value side), (B, Hq, n, D)."""
+        return x
+
+    def stored_shape(self, spec: LayerSpec) -> tuple[int, int]:
+        """(H', C): heads and channels a head in storage."""
+        return spec.num_kv_heads, spec.head_dim
+
+    def matrices(self, spec: LayerSpec) -> Tensor | None:
+        """(H, D, D) float64 M with store(x) = x M, if the transform can be folded into weights."""
+        return None
+
+
+class Codec(Protocol):
+    """Turns numbers into packed codes with metadata and back."""
+
+    @property
+    def bits(self) -> int:
+        """Nominal bits of a code."""
+
+    @property
+    def block(self) -> int:
+        """Tokens that must be encoded together: 1, or the group size when grouped along tokens."""
+
+    def check(self, channels: int) -> None:
+        """Raise UserError when vectors of `channels` numbers can't be stored."""
+
+    def encode(self, x: Tensor) -> Packed:
+        """(B, H, n, C) to packed tensors (B, H, n / block, ...)."""
+
+    def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """Packed tensors to (B, H, n, C)."""
+
+    def bits_per_element(self, channels: int) -> float:
+        """Payload and metadata bits of one number."""
+
+
+class Plan(Protocol):
+    """How many bits each token gets. Decided once, when the token arrives."""
+
+    def prompt(self, tokens: Tokens) -> Tensor:
+        """(B, n) int8 for the first prompt, the whole of it in view."""
+
+    def generated(self, tokens: Tokens) -> Tensor:
+        """(B, n) int8 for tokens that come later."""
+
+
+class Window(Protocol):
+    """Which of the newest tokens of a row stay exact until they get the plan's bits."""
+
+    @property
+    def counts_current(self) -> bool:
+        """Whether a decode step shrinks the window before it attends (else after)."""
+
+    def keep(self, length: int, prompt_length: int) -> int:
+        """Exact tokens of a row that holds `length` tokens, `prompt_length` of them its prompt."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """How the keys or the values of a layer are stored."""
+
+    codecs: Mapping[int, Codec] = field(default_factory=dict)
+    """Bits of the plan -> codec; EXACT needs none."""
+    transform: Transform = field(default_factory=Transform)
+    window: Window | None = None
+    pre_rope: bool = False
+    """Keys only: store before rotary position embedding, embed again on every read."""
+
+
+@dataclass(frozen=True)
+class LayerQuantizer:
+    """Everything the cache must know to store one layer."""
+
+    key: Side
+    value: Side
+    plan: Plan
+
+
+@runtime_checkable
+class KVQuantizer(Protocol):
+    """A method: frozen hyper-parameters and one function."""
+
+    label: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def needs(self) -> Needs:
+        """What must be observed or calibrated."""
+
+    def layer(self, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
+        """Compose the storage of one layer.
+
+        Raises:
+            UserError: this method can't store such a layer.
+        """

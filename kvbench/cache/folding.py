@@ -1,0 +1,64 @@
+"""Value transforms folded into the projection weights, and taken out again without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.cache.contract import LayerSpec
+from kvbench.cache.observers import decoder_stack
+from kvbench.cache.quantized import BoundMethod
+from kvbench.errors import UserError
+
+
+@contextmanager
+def folded_values(bound: BoundMethod) -> Iterator[BoundMethod]:
+    """Fold every layer's value transform into W_V, its bias and W_O (AKVQ-VL, Figure 7).
+
+    Yields the method to make caches with. On exit the weights are bit-identical to what they were:
+    the originals are kept, not computed back.
+
+    Raises:
+        UserError: a transform has no matrix, or the model's projections aren't separate linears.
+    """
+    saved: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        layers = decoder_stack(bound.model).layers
+        for layer, quantizer, spec in zip(layers, bound.quantizers, bound.specs, strict=True):  # type: ignore[arg-type]
+            matrices = quantizer.value.transform.matrices(spec)
+            if matrices is None:
+                raise UserError("this method's value transform can't be folded into the weights.")
+            _fold(layer.self_attn, matrices, spec, saved)
+        yield bound.values_folded()
+    finally:
+        for parameter, original in saved:
+            parameter.data.copy_(original)
+
+
+def _fold(
+    module: nn.Module, matrices: Tensor, spec: LayerSpec, saved: list[tuple[nn.Parameter, Tensor]]
+) -> None:
+    """Replace v by v M (rows of W_V, bias) and o by o M⁻¹ (columns of W_O), head by head."""
+    v_proj, o_proj = getattr(module, "v_proj", None), getattr(module, "o_proj", None)
+    if not isinstance(v_proj, nn.Linear) or not isinstance(o_proj, nn.Linear):
+        raise UserError("folding needs v_proj and o_proj to be plain linear layers.")
+    matrices = matrices.to(v_proj.weight.device)
+    heads, width, groups = spec.num_kv_heads, spec.head_dim, spec.num_heads // spec.num_kv_heads
+    weight = v_proj.weight.data.double().view(heads, width, -1)
+    _replace(v_proj.weight, matrices.mT @ weight, saved)
+    if v_proj.bias is not None:
+        bias = v_proj.bias.data.double().view(heads, 1, width)
+        _replace(v_proj.bias, bias @ matrices, saved)
+    columns = o_proj.weight.data.double().view(-1, heads, groups, width)
+    inverse = torch.linalg.inv(matrices).mT
+    _replace(o_proj.weight, torch.einsum("ohgd,hde->ohge", columns, inverse), saved)
+
+
+def _replace(
+    parameter: nn.Parameter, value: Tensor, saved: list[tuple[nn.Parameter, Tensor]]
+) -> None:
+    saved.append((parameter, parameter.data.clone()))
+    parameter.data.copy_(value.reshape(parameter.shape))

@@ -1,0 +1,28 @@
+"""Methods that bring a transformers cache of their own, compared with ours as they are."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch import nn
+from transformers import Cache
+
+from kvbench.cache.contract import Protocols
+
+
+@runtime_checkable
+class ForeignCache(Protocol):
+    """A peer: someone else's cache behind a kvbench name."""
+
+    label: ClassVar[str]
+    paper: ClassVar[str]
+
+    def cache(self, model: nn.Module, protocol: Protocols) -> Cache:
+        """A fresh cache.
+
+        Raises:
+            UserError: the package is missing, or the protocol can't be had with it.
+        """
+
+    def nbytes(self, cache: Cache) -> int:
+        """Bytes of every tensor the cache holds."""

@@ -1,0 +1,305 @@
+"""One layer of a quantized cache: transformers' layer interface on top of packed storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from kvbench.cache.attention import StoredStates, attend, attention
+from kvbench.cache.contract import LayerQuantizer, LayerSpec, Protocols, Tokens
+from kvbench.cache.observers import Observed
+from kvbench.cache.ragged import Lengths, Ragged, join, left_aligned, within
+from kvbench.cache.storage import SideStore
+from kvbench.errors import UserError
+
+
+class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Stores what a method says and attends to it as stored.
+
+    quantized_prefill: every query sees the storage. exact_prefill: prompt queries see exact states,
+    except the last one, which sees the storage like every later token.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(
+        self,
+        quantizer: LayerQuantizer,
+        spec: LayerSpec,
+        protocol: Protocols,
+        observed: Observed,
+    ) -> None:
+        """An empty layer."""
+        super().__init__()
+        self.quantizer, self.spec = quantizer, spec
+        self.protocol, self.observed = protocol, observed
+        self.is_sliding = spec.sliding_window is not None
+        self.packed_tokens_read = 0
+        self._seen = 0
+        self._keeps_slots = self.is_sliding or quantizer.key.pre_rope
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the storage for this many rows."""
+        rows = key_states.shape[0]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.key_store = SideStore(self.quantizer.key, self.spec, rows, "key")
+        self.value_store = SideStore(self.quantizer.value, self.spec, rows, "value")
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[StoredStates, StoredStates]:
+        """Store (B, H, n, D) states; what comes back is for the "kvbench" attention function."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = self._tokens(key_states)
+        step = StoredStates(self, key_states, value_states)
+        if self._exact_prompt(key_states.shape[2]) and self._seen:
+            step.before = self._read()
+        self._store(key_states, value_states, tokens)
+        self._seen += key_states.shape[2]
+        return step, step
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        step: StoredStates,
+        attention_mask: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Attention output (B, Hq, n, D) for this step's queries, then the windows settle."""
+        if self._exact_prompt(query.shape[2]):
+            out = self._attend_exactly(
+                module, query, step, attention_mask, scaling=scaling, softcap=softcap, **options
+            )
+            last = self._attend_stored(query[:, :, -1:], scaling, softcap)
+            out = torch.cat((out[:, :, :-1], last), 2)
+        else:
+            out = self._attend_stored(query, scaling, softcap)
+        for store in (self.key_store, self.value_store):
+            store.flush()
+        if not self._keeps_slots:
+            self.key_store.forget_slots()
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every stored tensor."""
+        if not self.is_initialized:
+            return 0
+        return self.key_store.nbytes + self.value_store.nbytes
+
+    @property
+    def elements(self) -> int:
+        """Numbers (keys and values of valid tokens) the storage stands for."""
+        if not self.is_initialized:
+            return 0
+        return 2 * sum(self.key_store.lengths) * self.spec.num_kv_heads * self.spec.head_dim
+
+    def get_seq_length(self) -> int:
+        """Columns ever seen, padding included."""
+        return self._seen
+
+    def get_max_length(self) -> int:
+        """The sliding window, or -1."""
+        return self.spec.sliding_window or -1
+
+    def get_max_cache_shape(self) -> int:
+        """The older name of `get_max_length`."""
+        return self.get_max_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(kv_length, kv_offset) for transformers' masks."""
+        window = self.spec.sliding_window
+        offset = max(self._seen - window + 1, 0) if window else 0
+        return self._seen - offset + query_length, offset
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows follow their beams."""
+        if self.is_initialized:
+            self.key_store.select(beam_idx)
+            self.value_store.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        if self.is_initialized:
+            rows = len(self.key_store.lengths)
+            self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.reorder_cache(indices)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized, self._seen, self.packed_tokens_read = False, 0, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not supported: codes of a group can't be taken apart again."""
+        raise UserError(
+            "a quantized cache can't be cropped; switch assisted and prompt-lookup decoding off."
+        )
+
+    def offload(self) -> None:
+        """Not supported."""
+        raise UserError("a quantized cache can't be offloaded; use a smaller batch instead.")
+
+    def prefetch(self) -> None:
+        """Not supported."""
+        self.offload()
+
+    def _exact_prompt(self, new: int) -> bool:
+        return self.protocol == "exact_prefill" and new > 1
+
+    def _tokens(self, keys: Tensor) -> Tokens:
+        rows, _, new, _ = keys.shape
+        observed = self.observed
+        valid = observed.valid
+        if valid is None or valid.shape != (rows, new):
+            valid = torch.ones(rows, new, dtype=torch.bool)
+        return Tokens(valid, observed.is_vision, observed.residual.pop(self.spec.index, None))
+
+    def _store(self, keys: Tensor, values: Tensor, tokens: Tokens) -> None:
+        plan, new = self.quantizer.plan, keys.shape[2]
+        bits = plan.generated(tokens) if self._seen else plan.prompt(tokens)
+        counts: Lengths = tuple(tokens.valid.sum(1).tolist())
+        bits_of = left_aligned(bits.cpu()[:, None], tokens.valid, counts)
+        valid = tokens.valid.to(keys.device, non_blocking=True)
+        slots = self._new_slots(valid, counts) if self._track(new) else None
+        if self.quantizer.key.pre_rope:
+            columns = torch.arange(self._seen, self._seen + new, device=keys.device)
+            keys = self.observed.rotary.strip(keys, columns.expand(len(counts), -1))
+        for store, states in ((self.key_store, keys), (self.value_store, values)):
+            stored = store.side.transform.store(states)
+            mine = slots if store is self.key_store else None
+            store.append(left_aligned(stored, valid, counts), bits_of, mine)
+            window = store.side.window
+            if new > 1 or window is None or window.counts_current:
+                store.flush()
+
+    def _track(self, new: int) -> bool:
+        """Slots order a prompt's own tokens; sliding windows and RoPE on read need them always."""
+        return self._keeps_slots or (new > 1 and self.protocol == "quantized_prefill")
+
+    def _new_slots(self, valid: Tensor, counts: Lengths) -> Ragged:
+        end = self._seen + valid.shape[1]
+        columns = torch.arange(self._seen, end, dtype=torch.int32, device=valid.device)
+        return left_aligned(columns.expand(valid.shape)[:, None], valid, counts)
+
+    def _read(self) -> tuple[Ragged, Ragged]:
+        """Stored keys and values, decoded, in the basis of attention: (B, H, T, D)."""
+        sides = []
+        for store in (self.key_store, self.value_store):
+            rows = store.read(self.dtype)
+            states = store.side.transform.read(rows.data)
+            if store.side.pre_rope:
+                states = self.observed.rotary.embed(states, store.slots().data[:, 0])
+            sides.append(Ragged(states, rows.lengths))
+        return sides[0], sides[1]
+
+    def _attend_stored(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        keys, values = self._read()
+        visible = self._visible(query.shape[2], keys.lengths, keys.data.shape[2])
+        out = attend(
+            self.quantizer.key.transform.attend(query),
+            keys.data,
+            values.data,
+            visible,
+            scaling,
+            softcap,
+        )
+        self.packed_tokens_read += self.key_store.packed_tokens
+        return self.quantizer.value.transform.attend(out)
+
+    def _visible(self, new: int, lengths: Lengths, width: int) -> Tensor | None:
+        """(B, 1, n, T) bool or None when every query sees every stored token."""
+        ordered = self.key_store.recent.slots is not None or any(
+            s.slots is not None for s in self.key_store.segments.values()
+        )
+        if not ordered and len(set(lengths)) == 1:
+            return None
+        visible = within(lengths, width, self.device)[:, None, None]
+        if not ordered:
+            return visible.expand(-1, -1, new, -1)
+        slots = self.key_store.slots().data[:, :, None]
+        columns = torch.arange(self._seen - new, self._seen, device=self.device)[:, None]
+        visible = visible & (slots <= columns)
+        if self.spec.sliding_window:
+            visible = visible & (slots > columns - self.spec.sliding_window)
+        return visible
+
+    def _attend_exactly(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        step: StoredStates,
+        attention_mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        **options: Any,
+    ) -> Tensor:
+        """Prompt attention on exact new states, after stored ones if a conversation goes on."""
+        if step.before is None:
+            out, _ = attention(
+                module,
+                query,
+                step.keys,
+                step.values,
+                attention_mask,
+                scaling=scaling,
+                softcap=softcap,
+                **options,
+            )
+            return out.transpose(1, 2)
+        return self._attend_continued(query, step, step.before, scaling, softcap)
+
+    def _attend_continued(
+        self,
+        query: Tensor,
+        step: StoredStates,
+        before: tuple[Ragged, Ragged],
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        sides = []
+        new = (query.shape[2],) * query.shape[0]
+        for side, old, states in zip(
+            (self.quantizer.key, self.quantizer.value),
+            before,
+            (step.keys, step.values),
+            strict=True,
+        ):
+            # Exact states in the basis of the stored ones; RoPE is already on these keys.
+            fresh = side.transform.read(side.transform.store(states))
+            sides.append(join((old, Ragged(fresh, new))))
+        visible = self._continued_mask(before[0].lengths, query.shape[2], sides[0])
+        key_side, value_side = self.quantizer.key.transform, self.quantizer.value.transform
+        keys, values = sides[0].data, sides[1].data
+        out = attend(key_side.attend(query), keys, values, visible, scaling, softcap)
+        return value_side.attend(out)
+
+    def _continued_mask(self, old: Lengths, new: int, joined: Ragged) -> Tensor:
+        """Old tokens are visible to all, new ones causally unless they are padding."""
+        if self.spec.sliding_window:
+            raise UserError(
+                "a conversation can't go on under exact_prefill in a sliding-window layer; use "
+                'protocol="quantized_prefill".'
+            )
+        width = joined.data.shape[2]
+        place = torch.arange(width, device=self.device)[None] - torch.tensor(
+            old, device=self.device
+        ).unsqueeze(1)
+        causal = place[:, None] <= torch.arange(new, device=self.device)[None, :, None]
+        valid = torch.ones(len(old), new, dtype=torch.bool)
+        if self.observed.valid is not None and self.observed.valid.shape == valid.shape:
+            valid = self.observed.valid
+        real = valid.to(self.device).gather(1, place.clamp(0, new - 1)) | (place < 0)
+        return (causal & real[:, None])[:, None]

@@ -1,0 +1,41 @@
+"""Small unsigned integers packed into bytes along the last dimension, lowest bits first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvbench.errors import UserError
+
+WIDTHS = (1, 2, 4, 8)
+
+
+def check_packable(bits: int, length: int) -> None:
+    """Raise UserError unless `length` codes of `bits` bits fill whole bytes."""
+    if bits not in WIDTHS:
+        raise UserError(f"{bits}-bit codes can't be packed; use one of {WIDTHS} bits.")
+    if length * bits % 8:
+        raise UserError(
+            f"{length} channels of {bits} bits don't fill whole bytes; use more bits or another "
+            "group layout."
+        )
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(..., n) uint8 codes below 2**bits to (..., n * bits / 8) uint8."""
+    if bits == 8:
+        return codes
+    per_byte = 8 // bits
+    lanes = codes.unflatten(-1, (-1, per_byte))
+    packed = lanes[..., 0].clone()
+    for lane in range(1, per_byte):
+        packed |= lanes[..., lane] << (bits * lane)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """(..., m) uint8 to (..., m * 8 / bits) uint8 codes."""
+    if bits == 8:
+        return packed
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)

@@ -1,0 +1,205 @@
+"""The quantized cache of a model, and how to make one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from torch import Tensor, nn
+from transformers import Cache
+
+from kvbench.cache import attention
+from kvbench.cache.contract import (
+    EXACT,
+    Calibration,
+    KVQuantizer,
+    LayerQuantizer,
+    LayerSpec,
+    Protocols,
+    Transform,
+)
+from kvbench.cache.foreign import ForeignCache
+from kvbench.cache.layer import QuantizedLayer
+from kvbench.cache.observers import Observed, attach, detach
+from kvbench.cache.specs import layer_specs
+from kvbench.errors import UserError
+
+
+class QuantizedCache(Cache):  # type: ignore[misc]
+    """A transformers cache whose layers hold packed storage."""
+
+    layers: list[QuantizedLayer]
+
+    def __init__(self, layers: Sequence[QuantizedLayer], observed: Observed) -> None:
+        """Layers that share what is observed of the model."""
+        super().__init__(layers=list(layers))
+        self.observed = observed
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor that the cache holds."""
+        return sum(layer.nbytes for layer in self.layers) + self.observed.rotary.nbytes
+
+    def bits_per_element(self) -> float:
+        """Stored bits over the numbers (keys and values of valid tokens) they stand for."""
+        return 8 * self.nbytes() / max(sum(layer.elements for layer in self.layers), 1)
+
+    @property
+    def packed_tokens_read(self) -> int:
+        """Tokens attention took from segments below 16 bits, summed over layers, rows and steps."""
+        return sum(layer.packed_tokens_read for layer in self.layers)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows follow their beams."""
+        super().reorder_cache(beam_idx)
+        self.observed.rotary.select(beam_idx)
+
+
+@dataclass(frozen=True)
+class BoundMethod:
+    """A method made ready for one model: make as many caches as you like."""
+
+    model: nn.Module
+    quantizers: tuple[LayerQuantizer, ...]
+    specs: tuple[LayerSpec, ...]
+    method: KVQuantizer
+    protocol: Protocols
+
+    def new_cache(self, vision_mask: Tensor | None = None) -> QuantizedCache:
+        """An empty cache; the model is observed for as long as it lives."""
+        pre_rope = any(q.key.pre_rope for q in self.quantizers)
+        observed = Observed(self.method.needs, pre_rope, vision_mask)
+        layers = [
+            QuantizedLayer(quantizer, spec, self.protocol, observed)
+            for quantizer, spec in zip(self.quantizers, self.specs, strict=True)
+        ]
+        cache = QuantizedCache(layers, observed)
+        attach(self.model)
+        weakref.finalize(cache, _detach, weakref.ref(self.model))
+        return cache
+
+    def values_folded(self) -> BoundMethod:
+        """The same method for a model whose weights already carry the value transforms."""
+        quantizers = tuple(
+            replace(q, value=replace(q.value, transform=Transform())) for q in self.quantizers
+        )
+        return replace(self, quantizers=quantizers)
+
+
+def bind(
+    model: nn.Module,
+    method: str | KVQuantizer,
+    *,
+    protocol: Protocols = "quantized_prefill",
+    calibration: Calibration | None = None,
+    text_salient_layers: tuple[int, ...] = (0, 1),
+) -> BoundMethod:
+    """Check a method against a model and compose its storage for every layer.
+
+    `method` is a registered name, with parameters if need be ("akvq_vl[recent=64]"), or an instance.
+
+    Raises:
+        UserError: unknown method or protocol, statistics missing, or a layer it can't store.
+    """
+    if protocol not in get_args(Protocols):
+        raise UserError(f"unknown protocol {protocol!r}; use one of {get_args(Protocols)}.")
+    method = resolve(method)
+    if isinstance(method, ForeignCache):
+        raise UserError(f"{method.label} brings its own cache; call quantized_cache instead of bind.")
+    _check_statistics(method, calibration)
+    specs = layer_specs(model.config, text_salient_layers)  # type: ignore[arg-type]
+    quantizers = tuple(method.layer(spec, calibration) for spec in specs)
+    for quantizer, spec in zip(quantizers, specs, strict=True):
+        _check_layer(quantizer, spec)
+    use_kvbench_attention(model)
+    return BoundMethod(model, quantizers, tuple(specs), method, protocol)
+
+
+def quantized_cache(
+    model: nn.Module,
+    method: str | KVQuantizer | ForeignCache,
+    *,
+    protocol: Protocols = "quantized_prefill",
+    calibration: Calibration | None = None,
+    text_salient_layers: tuple[int, ...] = (0, 1),
+    vision_mask: Tensor | None = None,
+) -> Cache:
+    """A fresh cache for one call of `model.generate(**inputs, past_key_values=...)`.
+
+    Args:
+        model: a transformers model whose decoder layers cache plain keys and values. Its attention
+            implementation becomes "kvbench", which takes sdpa for all other caches.
+        method: a registered name such as "akvq_vl" or "akvq_vl[recent=64]", or an instance.
+        protocol: "quantized_prefill" (prompt queries see the cache as stored) or "exact_prefill"
+            (only the last prompt token and generated tokens do).
+        calibration: statistics, for methods that need them (`kvbench calibrate`).
+        text_salient_layers: layers with text-salient attention (AKVQ-VL, Table I).
+        vision_mask: (B, T) bool, only for prompts given as embeddings.
+
+    Raises:
+        UserError: unknown method or protocol, statistics missing, or a layer it can't store.
+    """
+    method = resolve(method)
+    if isinstance(method, ForeignCache):
+        return method.cache(model, protocol)
+    bound = bind(
+        model,
+        method,
+        protocol=protocol,
+        calibration=calibration,
+        text_salient_layers=text_salient_layers,
+    )
+    return bound.new_cache(vision_mask)
+
+
+def resolve(method: str | KVQuantizer | ForeignCache) -> KVQuantizer | ForeignCache:
+    """A method from its name and parameters; instances pass."""
+    if not isinstance(method, str):
+        return method
+    from kvbench.registry import METHODS, configured, parse_spec
+
+    name, parameters = parse_spec(method)
+    return configured(METHODS.get(name), parameters)
+
+
+def use_kvbench_attention(model: nn.Module) -> None:
+    """Switch the decoder to the "kvbench" attention function and leave vision towers alone."""
+    config = model.config
+    text = config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    if text._attn_implementation == attention.NAME:
+        return
+    nested = text is not config and hasattr(config, "text_config")
+    choice = {"text_config": attention.NAME} if nested else attention.NAME
+    model.set_attn_implementation(choice)  # type: ignore[operator]
+
+
+def _check_statistics(method: KVQuantizer, calibration: Calibration | None) -> None:
+    have = set(calibration.statistics) if calibration else set()
+    if missing := set(method.needs.statistics) - have:
+        raise UserError(
+            f"{method.label} needs calibrated statistics ({', '.join(sorted(missing))}); run "
+            "`kvbench calibrate` and pass calibration=."
+        )
+
+
+def _check_layer(quantizer: LayerQuantizer, spec: LayerSpec) -> None:
+    """Keys and values of a token must meet again in attention."""
+    key, value = quantizer.key, quantizer.value
+    mixed = len(key.codecs) > 1 or len(value.codecs) > 1
+    if mixed and (set(key.codecs) != set(value.codecs) or key.window != value.window):
+        raise UserError("keys and values of mixed precision must share their bits and window.")
+    for side in (key, value):
+        for bits, codec in side.codecs.items():
+            codec.check(side.transform.stored_shape(spec)[1])
+            size = getattr(side.window, "size", codec.block)
+            if bits != EXACT and codec.block > 1 and size % codec.block:
+                raise UserError(
+                    f"the residual length {size} must be a multiple of the group size {codec.block}."
+                )
+
+
+def _detach(reference: weakref.ref[nn.Module]) -> None:
+    model = reference()
+    if model is not None:
+        detach(model)

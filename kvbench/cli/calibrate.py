@@ -1,0 +1,43 @@
+"""``kvbench calibrate``: statistics for methods that need them, kept for later runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvbench.cli.options import DataRoot, Device, Dtype, Methods, Models, Seed
+from kvbench.cli.progress import Terminal
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Folder for the statistics.")],
+    models: Models = "smol_llava",
+    methods: Methods = "all",
+    data: DataRoot = None,
+    samples: Annotated[int, typer.Option(help="Samples to calibrate with.")] = 32,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Gather the statistics that methods need and store them, with where they come from."""
+    from kvbench.evaluation import choices
+    from kvbench.evaluation.request import CalibrationRequest
+
+    request = CalibrationRequest(
+        models=choices.choose_models(models),
+        methods=choices.choose_methods(methods),
+        out=out,
+        data_root=data,
+        samples=samples,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    from kvbench.evaluation.calibration import calibrate as run
+
+    with Terminal() as progress:
+        paths = run(request, progress)
+    for path in paths:
+        typer.echo(str(path))

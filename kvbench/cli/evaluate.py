@@ -1,0 +1,90 @@
+"""``kvbench eval``: the grid of models, methods and tasks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbench.cli.options import DataRoot, Device, Dtype, Methods, Models, Seed
+from kvbench.cli.progress import Terminal
+from kvbench.cli.report import show
+from kvbench.cli.verbs import INTERRUPTED
+
+if TYPE_CHECKING:
+    from kvbench.evaluation.request import EvalRequest
+
+_RUNS = Path("results/runs")
+
+
+def evaluate(
+    methods: Methods = "all",
+    models: Models = "smol_llava",
+    tasks: Annotated[str, typer.Option(help="all (MileBench's twelve), or names.")] = "all",
+    protocol: Annotated[
+        str, typer.Option(help="quantized_prefill, exact_prefill or both.")
+    ] = "quantized_prefill",
+    limit: Annotated[int | None, typer.Option(help="At most so many samples a task.")] = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; continues a run that is there already."),
+    ] = None,
+    data_root: DataRoot = None,
+    batch: Annotated[int, typer.Option(help="Samples generated together.")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder that kvbench calibrate wrote.")
+    ] = None,
+    calibration_samples: Annotated[
+        int, typer.Option(help="Samples to calibrate with where no folder is given.")
+    ] = 32,
+) -> None:
+    """Answer the tasks with every method and print accuracy, bits and bytes side by side."""
+    from kvbench.evaluation import choices
+    from kvbench.evaluation.request import EvalRequest
+
+    request = EvalRequest(
+        protocols=choices.choose_protocols(protocol),
+        tasks=choices.choose_tasks(tasks),
+        models=choices.choose_models(models),
+        methods=choices.choose_methods(methods),
+        out=out or _RUNS / time.strftime("%Y%m%d-%H%M%S"),
+        data_root=data_root,
+        limit=limit,
+        seed=seed,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+        calibration=calibration,
+        calibration_samples=calibration_samples,
+    )
+    _run(request)
+
+
+def _run(request: EvalRequest) -> None:
+    from kvbench.evaluation.run import evaluate as run
+
+    try:
+        with Terminal() as progress:
+            run(request, progress)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted: the rows so far are in {request.out}; "
+            f"the same command with --out {request.out} goes on from there",
+            err=True,
+        )
+        if _has_rows(request.out):
+            show(request.out)
+        raise typer.Exit(INTERRUPTED) from None
+    show(request.out)
+
+
+def _has_rows(directory: Path) -> bool:
+    from kvbench.evaluation.store import SAMPLES
+
+    rows = directory / SAMPLES
+    return rows.is_file() and rows.stat().st_size > 0

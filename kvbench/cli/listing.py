@@ -1,0 +1,63 @@
+"""``kvbench list``: what the registries know, broken plug-ins included."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from kvbench.errors import UserError
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    METHODS = "methods"
+    MODELS = "models"
+    TASKS = "tasks"
+
+
+def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+    """List methods, models or tasks, with what --methods, --models and --tasks call them."""
+    from tabulate import tabulate
+
+    from kvbench.registry import METHODS, MODELS, TASKS, Registry
+
+    registries: dict[Kind, Registry[Any]] = {
+        Kind.METHODS: METHODS,
+        Kind.MODELS: MODELS,
+        Kind.TASKS: TASKS,
+    }
+    registry, (heads, cells) = registries[kind], _COLUMNS[kind]
+    rows, broken = [], []
+    for name in registry.names():
+        try:
+            rows.append((name, *cells(registry.get(name))))
+        except UserError as error:
+            broken.append(f"broken: {error}")
+    typer.echo("\n".join([tabulate(rows, ("name", *heads)), *broken]))
+
+
+def _method(method: Any) -> tuple[str, ...]:
+    parameters = ", ".join(
+        f"{field.name}={getattr(method, field.name)}" for field in dataclasses.fields(method)
+    )
+    return (method.label, parameters, method.paper)
+
+
+def _model(model: Any) -> tuple[str, ...]:
+    return (model.label, model.family, model.hub_id or "bundled")
+
+
+def _task(task: Any) -> tuple[str, ...]:
+    return (task.label, task.title, task.folder, task.suite)
+
+
+_COLUMNS: dict[Kind, tuple[tuple[str, ...], Callable[[Any], tuple[str, ...]]]] = {
+    Kind.METHODS: (("label", "parameters", "paper"), _method),
+    Kind.MODELS: (("label", "family", "hub id"), _model),
+    Kind.TASKS: (("label", "title", "folder", "suite"), _task),
+}

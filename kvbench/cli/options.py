@@ -1,0 +1,26 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Methods = Annotated[
+    str,
+    typer.Option(help='all, or names with parameters: "kivi,akvq_vl[recent=64,clip=0.7]".'),
+]
+Models = Annotated[
+    str, typer.Option(help="all, or names; name=/folder takes the checkpoint from there.")
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="KVBENCH_DATA",
+        help="Folder with the tasks' folders in MileBench's layout; without it, minimile.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Which samples are taken where not all are.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]

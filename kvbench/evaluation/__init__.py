@@ -1,0 +1,1 @@
+"""Running the grid, keeping what it finds, and the statistics of paired runs."""

@@ -1,0 +1,121 @@
+"""What a run is asked to do, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvbench.errors import UserError
+from kvbench.evaluation.choices import MethodChoice, existing_folder
+from kvbench.specs import suggestion
+
+if TYPE_CHECKING:
+    from kvbench.models.zoo import ModelEntry
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """A grid of models, methods, tasks and protocols, and where its rows go.
+
+    Attributes:
+        methods: Methods, each once.
+        models: Entries of the zoo or of local folders, each name once.
+        tasks: Names of tasks, each once.
+        protocols: What prompt queries attend to.
+        out: Folder of the result rows; a folder with rows is continued.
+        data_root: Folder with MileBench's layout; None is the bundled minimile.
+        limit: At most so many samples of each task; None is all.
+        seed: Which samples a limit picks, and everything else that is random.
+        batch: Samples generated together.
+        device: "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N".
+        dtype: Type of weights and activations; "auto" is the model entry's own.
+        calibration: Folder written by `kvbench calibrate`; None calibrates where a method needs it.
+        calibration_samples: How many samples to calibrate with, from a split that no task scores.
+
+    Raises:
+        UserError: A value is out of range, or a folder is missing.
+    """
+
+    methods: tuple[MethodChoice, ...]
+    models: tuple[ModelEntry, ...]
+    tasks: tuple[str, ...]
+    protocols: tuple[str, ...]
+    out: Path
+    data_root: Path | None = None
+    limit: int | None = None
+    seed: int = 0
+    batch: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    calibration: Path | None = None
+    calibration_samples: int = 32
+
+    def __post_init__(self) -> None:
+        """Check everything that needs no heavy import."""
+        for name in ("methods", "models", "tasks", "protocols"):
+            if not getattr(self, name):
+                raise UserError(f"no {name} to evaluate: name at least one, or all")
+        for name, smallest in (("limit", 1), ("seed", 0), ("batch", 1), ("calibration_samples", 1)):
+            _at_least(name, getattr(self, name), smallest)
+        _check_hardware(self.device, self.dtype)
+        _check_folders(self.out, self.data_root)
+        existing_folder("calibration folder", self.calibration)
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """Statistics to gather from a split that no task scores, for methods that need them.
+
+    Attributes:
+        methods: Methods; those that need no statistics are passed over.
+        models: Entries of the zoo or of local folders, each name once.
+        out: Folder of the statistics, one safetensors file and manifest a model.
+        data_root: Folder with MileBench's layout to calibrate on; None is minimile's own split.
+        samples: How many samples to calibrate with.
+        seed: Which samples.
+        device: As in `EvalRequest`.
+        dtype: As in `EvalRequest`.
+
+    Raises:
+        UserError: A value is out of range, or a folder is missing.
+    """
+
+    methods: tuple[MethodChoice, ...]
+    models: tuple[ModelEntry, ...]
+    out: Path
+    data_root: Path | None = None
+    samples: int = 32
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check everything that needs no heavy import."""
+        _at_least("samples", self.samples, 1)
+        _at_least("seed", self.seed, 0)
+        _check_hardware(self.device, self.dtype)
+        _check_folders(self.out, self.data_root)
+
+
+def _at_least(name: str, value: int | None, smallest: int) -> None:
+    if value is not None and value < smallest:
+        option = name.replace("_", "-")
+        raise UserError(f"--{option} is {value}: give at least {smallest}")
+
+
+def _check_hardware(device: str, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}: {suggestion(dtype, DTYPES, 'use one of')}")
+    if not _DEVICE.fullmatch(device):
+        raise UserError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N")
+
+
+def _check_folders(out: Path, data_root: Path | None) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"output folder {out} is a file: choose another folder")
+    existing_folder("data root", data_root)

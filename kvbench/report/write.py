@@ -1,0 +1,69 @@
+"""Turning an output folder's rows into its tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvbench.errors import UserError
+from kvbench.evaluation.files import write_atomically
+from kvbench.evaluation.rows import SampleRow
+from kvbench.evaluation.store import RUN, SAMPLES, read_rows
+from kvbench.report.board import build
+from kvbench.report.comparison import comparable, paper_csv, paper_markdown
+from kvbench.report.details import details_csv, details_markdown
+from kvbench.report.table2 import table2_csv, table2_markdown
+
+
+def read_results(directory: Path) -> tuple[list[SampleRow], dict[str, Any]]:
+    """Return the rows of an output folder and the content of its ``run.json`` ({} without one).
+
+    Raises:
+        UserError: The folder has no rows, or one of the files is broken.
+    """
+    rows = read_rows(directory / SAMPLES)
+    if not rows:
+        raise UserError(
+            f"{directory / SAMPLES} has no results yet: run kvbench eval --out {directory}"
+        )
+    return rows, _read_run(directory / RUN)
+
+
+def write_report(directory: Path) -> list[Path]:
+    """Write the tables of an output folder into it, from ``samples.jsonl`` and ``run.json`` alone.
+
+    These are ``table2.md|csv``, ``details.md|csv`` and, for models and data of the paper,
+    ``paper.md|csv``. The rows may be those of an unfinished run.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: The folder has no rows or can't be written to, or one of the files is broken.
+    """
+    rows, run = read_results(directory)
+    board = build(rows, run)
+    texts = {
+        "table2.md": table2_markdown(board),
+        "table2.csv": table2_csv(board),
+        "details.md": details_markdown(board),
+        "details.csv": details_csv(board),
+    }
+    if comparable(board):
+        texts |= {"paper.md": paper_markdown(board), "paper.csv": paper_csv(board)}
+    for name, text in texts.items():
+        write_atomically(directory / name, text)
+    return [directory / name for name in texts]
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read {path} ({error}): delete it to report without it") from error
+    if not isinstance(run, dict):
+        raise UserError(f"{path} is no JSON object: delete it to report without it")
+    return run

@@ -1,0 +1,158 @@
+"""AKVQ-VL: bits by attention pattern behind a Walsh-Hadamard transform (arXiv 2501.15021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvbench.cache import (
+    EXACT,
+    Affine,
+    Calibration,
+    KVQuantizer,
+    LayerQuantizer,
+    LayerSpec,
+    Needs,
+    Plan,
+    Rotate,
+    Side,
+    Sliding,
+    Tokens,
+    Uniform,
+    filled,
+)
+from kvbench.errors import UserError
+
+Detector = Literal["tokens", "elements", "threshold"]
+
+
+@dataclass(frozen=True)
+class TextSalient:
+    """Text tokens get more bits than vision tokens (section III-B1)."""
+
+    text: int
+    rest: int
+
+    def prompt(self, tokens: Tokens) -> Tensor:
+        """(B, n) int8."""
+        return self.generated(tokens)
+
+    def generated(self, tokens: Tokens) -> Tensor:
+        """(B, n) int8."""
+        bits = filled(tokens, self.text)
+        if tokens.is_vision is not None:
+            bits[tokens.is_vision] = self.rest
+        return bits
+
+
+@dataclass(frozen=True)
+class PivotSalient:
+    """Prompt tokens with massive activations stay exact, on top of another plan (section III-B2).
+
+    `detector` "tokens": the `count` tokens with the largest |x| in the residual stream entering the
+    layer; "elements": the tokens of the `count` largest elements (RotateKV's rule, fewer tokens);
+    "threshold": at most `count` tokens with |x| > 100 and > 1000 times the median (Sun et al.).
+    """
+
+    count: int
+    base: Plan
+    detector: Detector = "tokens"
+
+    def prompt(self, tokens: Tokens) -> Tensor:
+        """(B, n) int8."""
+        bits = self.base.prompt(tokens)
+        if tokens.residual is None or not self.count:
+            return bits
+        for row, (stream, valid) in enumerate(zip(tokens.residual, tokens.valid, strict=True)):
+            columns = valid.nonzero().squeeze(1)
+            chosen = self._pivots(stream.detach()[columns.to(stream.device)].abs().float())
+            bits[row, columns[chosen.cpu()]] = EXACT
+        return bits
+
+    def generated(self, tokens: Tokens) -> Tensor:
+        """(B, n) int8."""
+        return self.base.generated(tokens)
+
+    def _pivots(self, magnitude: Tensor) -> Tensor:
+        """Indices of pivots among (n, hidden) magnitudes."""
+        if self.detector == "elements":
+            count = min(self.count, magnitude.numel())
+            return magnitude.flatten().topk(count).indices.div(magnitude.shape[1], rounding_mode="floor")
+        peak = magnitude.amax(1)
+        order = peak.argsort(descending=True, stable=True)[: self.count]
+        if self.detector == "threshold":
+            return order[peak[order] > max(100.0, 1000 * magnitude.median().item())]
+        return order
+
+
+@dataclass(frozen=True)
+class AKVQVL:
+    """Text at 4 bits in text-salient layers, pivots exact elsewhere, recent tokens exact, rest 2 bits.
+
+    Where the paper is silent: pivots are searched in the prompt only, at the input of each layer
+    without text salience; clipping multiplies both ends of the range; the zero point is not clamped;
+    the window counts the token being decoded. The alternatives are fields.
+    """
+
+    label: ClassVar[str] = "AKVQ-VL"
+    paper: ClassVar[str] = "arXiv 2501.15021"
+    needs: ClassVar[Needs] = Needs(modality=True, residual=True)
+
+    recent: int = 128
+    pivots: int = 15
+    clip: float = 0.8
+    text_clip: float = 1.0
+    bits: int = 2
+    text_bits: int = 4
+    group_size: int = 128
+    flush_every: int = 1
+    detector: Detector = "tokens"
+    text_layers: Literal["salient", "all", "none"] = "salient"
+    pivot_layers: Literal["other", "all", "none"] = "other"
+    zero: Literal["int", "float"] = "int"
+    clip_mode: Literal["scale", "midpoint"] = "scale"
+    rotation: Literal["hadamard", "block", "random"] = "hadamard"
+    window_counts_current: bool = True
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: a negative count, or two codecs for the same bits.
+        """
+        if self.pivots < 0 or self.group_size < 1:
+            raise UserError("AKVQ-VL's pivots can't be negative and its group size must be positive.")
+        if self.bits == self.text_bits:
+            raise UserError("AKVQ-VL's text_bits must differ from its bits.")
+
+    def layer(self, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
+        """Two precisions behind a rotation, and the plan of the layer's attention pattern."""
+        group = min(self.group_size, spec.head_dim)
+        clips = {self.bits: self.clip, self.text_bits: self.text_clip}
+        codecs = {
+            bits: Affine(bits, group, zero=self.zero, clip=clip, clip_mode=self.clip_mode)
+            for bits, clip in clips.items()
+        }
+        window = Sliding(self.recent, self.window_counts_current, self.flush_every)
+        key, value = (
+            Side(codecs, Rotate(spec.head_dim, side, self.rotation), window)
+            for side in ("key", "value")
+        )
+        return LayerQuantizer(key, value, self._plan(spec))
+
+    def _plan(self, spec: LayerSpec) -> Plan:
+        text = self.text_layers == "all" or (self.text_layers == "salient" and spec.text_salient)
+        pivots = self.pivot_layers == "all" or (
+            self.pivot_layers == "other" and not spec.text_salient
+        )
+        plan: Plan = TextSalient(self.text_bits, self.bits) if text else Uniform(self.bits)
+        return PivotSalient(self.pivots, plan, self.detector) if pivots else plan
+
+
+METHODS: dict[str, KVQuantizer] = {
+    "akvq_vl": AKVQVL(),
+    "rtn_int2_wht_tsa": AKVQVL(pivot_layers="none", clip=1.0),
+}

@@ -1,0 +1,102 @@
+"""Images of a task: finding them inside its folder, opening them within limits."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
+
+from kvbench.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+MAX_FILE_BYTES = 128 * 1024 * 1024
+MAX_PIXELS = 64_000_000
+
+# What Pillow's decoders raise on damaged files, besides OSError.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+def locate(task_folder: Path, name: str, where: str) -> Path:
+    """The absolute path of image `name` in `task_folder`/images.
+
+    Args:
+        task_folder: the task's folder, absolute.
+        name: as written in `images_path`.
+        where: file and sample, for the error message.
+
+    Raises:
+        UserError: the name is absolute or climbs up, a link leads out of the task's folder, or
+            there is no such file.
+    """
+    windows, posix = PureWindowsPath(name), PurePosixPath(name)
+    if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise UserError(
+            f"{where}: image name {name!r} leads out of the images folder; "
+            f"use names relative to it, without '..'"
+        )
+    try:
+        path = (task_folder / "images" / name).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _missing(task_folder, name, where) from error
+    if not path.is_relative_to(task_folder.resolve()):
+        raise UserError(
+            f"{where}: image {name!r} is a link that leaves {task_folder}; "
+            f"put the file itself there"
+        )
+    if not path.is_file():
+        raise _missing(task_folder, name, where)
+    return path
+
+
+def _missing(task_folder: Path, name: str, where: str) -> UserError:
+    return UserError(
+        f"{where}: image {name!r} is not in {task_folder / 'images'}; "
+        f"unpack the archive again or restore the file"
+    )
+
+
+def open_image(path: Path) -> Image:
+    """Reads an image completely and converts it to RGB.
+
+    Only the formats of `FORMATS` are tried, whatever the file's name says. Files over
+    `MAX_FILE_BYTES` and images over `MAX_PIXELS` (or Pillow's own `MAX_IMAGE_PIXELS`, if lower)
+    are refused before they are decoded.
+
+    Raises:
+        UserError: the file is missing, too large, damaged, truncated or of another format.
+    """
+    from PIL import Image
+
+    try:
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise UserError(
+                f"{path}: {size:,} bytes are too large for an image, the limit is "
+                f"{MAX_FILE_BYTES:,}; scale it down"
+            )
+        with Image.open(path, formats=FORMATS) as image:
+            _check_pixels(path, *image.size)
+            return image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{path}: too many pixels to open ({error}); scale it down") from error
+    except Image.UnidentifiedImageError as error:
+        raise UserError(
+            f"{path}: not an image of a known format ({', '.join(FORMATS)}); convert or restore it"
+        ) from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the image is missing; restore the file") from error
+    except _DAMAGE as error:
+        raise UserError(f"{path}: the image is damaged ({error}); restore the file") from error
+
+
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    from PIL import Image
+
+    limit = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
+    if width * height > limit:
+        raise UserError(
+            f"{path}: {width} x {height} pixels are too many, the limit is {limit:,}; scale it down"
+        )
