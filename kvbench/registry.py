@@ -18,7 +18,7 @@ from kvbench.errors import UserError
 from kvbench.specs import canonical_spec, configured, parse_spec, split_specs, suggestion
 
 if TYPE_CHECKING:
-    from kvbench.cache import KVQuantizer
+    from kvbench.cache import ForeignCache, KVQuantizer
     from kvbench.models.zoo import ModelEntry
     from kvbench.tasks.base import Task
 
@@ -41,15 +41,18 @@ class Registry(Generic[T]):
 
     Args:
         kind: What an object is called in messages, such as ``"method"``.
-        base: Class of every object, as ``"module:Class"`` so that it is imported late.
+        base: Class of every object, as ``"module:Class"`` so that it is imported late; or several,
+            of which an object must have one.
         package: Package whose modules are searched (not those named ``_...``), or a single module.
         attribute: Name of the ``dict[str, T]`` that a searched module may define.
         group: Entry-point group of other distributions' objects; a value names the object itself.
     """
 
-    def __init__(self, kind: str, base: str, package: str, attribute: str, group: str) -> None:
+    def __init__(
+        self, kind: str, base: str | tuple[str, ...], package: str, attribute: str, group: str
+    ) -> None:
         self.kind = kind
-        self._base = base
+        self._bases = (base,) if isinstance(base, str) else base
         self._package = package
         self._attribute = attribute
         self._group = group
@@ -128,12 +131,10 @@ class Registry(Generic[T]):
         return self._checked(value, point.value)
 
     def _checked(self, value: T, where: str) -> T:
-        module, _, name = self._base.partition(":")
-        base = getattr(importlib.import_module(module), name)
-        if not isinstance(value, base):
+        if not isinstance(value, tuple(pkgutil.resolve_name(base) for base in self._bases)):
+            known = " or ".join(base.replace(":", ".") for base in self._bases)
             raise UserError(
-                f"{where} is a {type(value).__name__}: "
-                f"a {self.kind} must be an instance of {module}.{name}"
+                f"{where} is a {type(value).__name__}: a {self.kind} must be an instance of {known}"
             )
         return value
 
@@ -152,8 +153,12 @@ def _modules(package: str) -> Iterator[ModuleType]:
             yield importlib.import_module(f"{package}.{info.name}")
 
 
-METHODS: Registry[KVQuantizer] = Registry(
-    "method", "kvbench.cache:KVQuantizer", "kvbench.methods", "METHODS", "kvbench.methods"
+METHODS: Registry[KVQuantizer | ForeignCache] = Registry(
+    "method",
+    ("kvbench.cache:KVQuantizer", "kvbench.cache:ForeignCache"),
+    "kvbench.methods",
+    "METHODS",
+    "kvbench.methods",
 )
 MODELS: Registry[ModelEntry] = Registry(
     "model", "kvbench.models.zoo:ModelEntry", "kvbench.models.zoo", "MODELS", "kvbench.models"

@@ -102,7 +102,8 @@ def canonical_spec(name: str, default: object, instance: object) -> str:
 def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
     """End of a message about an unknown name: the close ones, else `otherwise` and all of them."""
     known = list(known)
-    if close := difflib.get_close_matches(name, known, n=3):
+    begun = [each for each in known if name and each.startswith(name)]
+    if close := begun or difflib.get_close_matches(name, known, n=3):
         return f"did you mean {' or '.join(close)}?"
     return f"{otherwise} {', '.join(known) or 'none'}"
 

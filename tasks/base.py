@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -170,3 +171,26 @@ class Task(ABC):
     @abstractmethod
     def score(self, sample: Sample, answer: str) -> Score:
         """Scores a decoded answer."""
+
+    def user_turn(self, prompt: Prompt) -> str:
+        """What stands in the user's turn, with one `IMAGE_MARKER` for each image."""
+        return prompt.text
+
+    @abstractmethod
+    def default_root(self) -> Path:
+        """The bundled data for this task, made on first use.
+
+        Raises:
+            UserError: they can't be made here.
+        """
+
+
+def dataset_name(root: Path) -> str:
+    """The data's name: "minimile-1-seed0" by a generator's manifest, else "milebench"."""
+    for path in sorted(root.glob("*.json")):
+        try:
+            made = json.loads(path.read_text(encoding="utf-8"))
+            return f"{made['generator']}-{made['version']}-seed{made['seed']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return "milebench"

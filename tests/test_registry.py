@@ -1,9 +1,9 @@
-"""Finding objects by name: built-in modules, plug-ins of other distributions, and what goes wrong."""
+"""Finding objects by name: built-in modules, plug-ins, and what goes wrong."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import dedent
 
@@ -16,7 +16,7 @@ Plugins = Callable[[str], None]
 
 
 @pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder on the path with a package `shelf` of two modules, and a private one that fails."""
     package = tmp_path / "shelf"
     package.mkdir()

@@ -74,6 +74,7 @@ def test_fields_are_converted() -> None:
     ("key", "text", "part"),
     [
         ("recnt", "1", "did you mean recent?"),
+        ("rec", "1", "did you mean recent?"),
         ("zzz", "1", "recent, clip, axis"),
         ("recent", "1.5", "a whole number, not '1.5'"),
         ("clip", "nan", "a finite number or none"),

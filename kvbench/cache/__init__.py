@@ -23,7 +23,14 @@ from kvbench.cache.folding import folded_values
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.observers import observing
 from kvbench.cache.plans import Uniform, filled
-from kvbench.cache.quantized import BoundMethod, QuantizedCache, bind, quantized_cache, resolve
+from kvbench.cache.quantized import (
+    BoundMethod,
+    QuantizedCache,
+    RowUsage,
+    bind,
+    quantized_cache,
+    resolve,
+)
 from kvbench.cache.transforms import ChannelScale, MergeHeads, Rotate
 from kvbench.cache.windows import Residual, Sliding
 
@@ -46,6 +53,7 @@ __all__ = [
     "QuantizedCache",
     "Residual",
     "Rotate",
+    "RowUsage",
     "Side",
     "Sliding",
     "Tokens",

@@ -24,8 +24,8 @@ class StoredStates:
     def __init__(self, layer: QuantizedLayer, keys: Tensor, values: Tensor) -> None:
         """Remember the layer and this step's own exact states (B, H, n, D)."""
         self.layer, self.keys, self.values = layer, keys, values
-        self.before: tuple[Ragged, Ragged] | None = None
-        """Stored keys and values before this step, when a conversation goes on exactly."""
+        self.before: tuple[Ragged, Ragged, Ragged] | None = None
+        """Keys, values and slots stored before this step, when a conversation goes on exactly."""
 
 
 def attend(

@@ -39,7 +39,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.quantizer, self.spec = quantizer, spec
         self.protocol, self.observed = protocol, observed
         self.is_sliding = spec.sliding_window is not None
-        self.packed_tokens_read = 0
+        self.packed_tokens_read: list[int] = []
+        """Tokens that attention took from segments below 16 bits, for each row."""
         self._seen = 0
         self._keeps_slots = self.is_sliding or quantizer.key.pre_rope
 
@@ -49,6 +50,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.key_store = SideStore(self.quantizer.key, self.spec, rows, "key")
         self.value_store = SideStore(self.quantizer.value, self.spec, rows, "value")
+        self.packed_tokens_read = [0] * rows
         self.is_initialized = True
 
     def update(
@@ -60,7 +62,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         tokens = self._tokens(key_states)
         step = StoredStates(self, key_states, value_states)
         if self._exact_prompt(key_states.shape[2]) and self._seen:
-            step.before = self._read()
+            step.before = (*self._read(), self._slots_before())
         self._store(key_states, value_states, tokens)
         self._seen += key_states.shape[2]
         return step, step
@@ -83,7 +85,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
             last = self._attend_stored(query[:, :, -1:], scaling, softcap)
             out = torch.cat((out[:, :, :-1], last), 2)
         else:
-            out = self._attend_stored(query, scaling, softcap)
+            out = self._attend_stored(query, scaling, softcap, attention_mask)
         for store in (self.key_store, self.value_store):
             store.flush()
         if not self._keeps_slots:
@@ -97,12 +99,17 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
             return 0
         return self.key_store.nbytes + self.value_store.nbytes
 
+    def row_nbytes(self, row: int) -> int:
+        """Bytes of one row's tokens."""
+        return self.key_store.row_nbytes(row) + self.value_store.row_nbytes(row)
+
     @property
-    def elements(self) -> int:
-        """Numbers (keys and values of valid tokens) the storage stands for."""
+    def elements(self) -> list[int]:
+        """Numbers (keys and values of valid tokens) the storage stands for, for each row."""
         if not self.is_initialized:
-            return 0
-        return 2 * sum(self.key_store.lengths) * self.spec.num_kv_heads * self.spec.head_dim
+            return []
+        per_token = 2 * self.spec.num_kv_heads * self.spec.head_dim
+        return [length * per_token for length in self.key_store.lengths]
 
     def get_seq_length(self) -> int:
         """Columns ever seen, padding included."""
@@ -127,6 +134,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.is_initialized:
             self.key_store.select(beam_idx)
             self.value_store.select(beam_idx)
+            self.packed_tokens_read = [self.packed_tokens_read[i] for i in beam_idx.tolist()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
@@ -140,7 +148,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.is_initialized, self._seen, self.packed_tokens_read = False, 0, 0
+        self.is_initialized, self._seen, self.packed_tokens_read = False, 0, []
 
     def crop(self, tokens_to_remove: int) -> None:
         """Not supported: codes of a group can't be taken apart again."""
@@ -205,9 +213,11 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
             sides.append(Ragged(states, rows.lengths))
         return sides[0], sides[1]
 
-    def _attend_stored(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    def _attend_stored(
+        self, query: Tensor, scaling: float, softcap: float | None, mask: Tensor | None = None
+    ) -> Tensor:
         keys, values = self._read()
-        visible = self._visible(query.shape[2], keys.lengths, keys.data.shape[2])
+        visible = self._visible(query.shape[2], keys.lengths, keys.data.shape[2], mask)
         out = attend(
             self.quantizer.key.transform.attend(query),
             keys.data,
@@ -216,25 +226,49 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
             scaling,
             softcap,
         )
-        self.packed_tokens_read += self.key_store.packed_tokens
+        reads = zip(self.packed_tokens_read, self.key_store.packed_lengths, strict=True)
+        self.packed_tokens_read = [total + now for total, now in reads]
         return self.quantizer.value.transform.attend(out)
 
-    def _visible(self, new: int, lengths: Lengths, width: int) -> Tensor | None:
-        """(B, 1, n, T) bool or None when every query sees every stored token."""
+    def _visible(
+        self, new: int, lengths: Lengths, width: int, mask: Tensor | None
+    ) -> Tensor | None:
+        """(B, 1, n, T) bool or None when every query sees every stored token.
+
+        `mask` is the model's own, over columns; it rules in the first prompt, where it may be more
+        than causal (prefix language models, images that see all of themselves).
+        """
         ordered = self.key_store.recent.slots is not None or any(
             s.slots is not None for s in self.key_store.segments.values()
         )
         if not ordered and len(set(lengths)) == 1:
             return None
-        visible = within(lengths, width, self.device)[:, None, None]
         if not ordered:
-            return visible.expand(-1, -1, new, -1)
-        slots = self.key_store.slots().data[:, :, None]
+            return within(lengths, width, self.device)[:, None, None].expand(-1, -1, new, -1)
+        slots = self.key_store.slots()
+        if mask is not None and mask.dtype == torch.bool and mask.shape[-1] == self._seen == new:
+            here = within(lengths, width, self.device)[:, None, None]
+            columns = slots.data[:, :, None].clamp_min(0).long().expand(-1, -1, new, -1)
+            return here & mask.expand(len(lengths), 1, -1, -1).gather(3, columns)
+        return self._causal(slots, new)
+
+    def _causal(self, slots: Ragged, new: int) -> Tensor:
+        """(B, 1, n, T) bool: which tokens, by their columns (B, 1, T), the newest n queries see."""
+        here = within(slots.lengths, slots.data.shape[2], self.device)[:, None, None]
+        place = slots.data[:, :, None]
         columns = torch.arange(self._seen - new, self._seen, device=self.device)[:, None]
-        visible = visible & (slots <= columns)
+        visible = here & (place <= columns)
         if self.spec.sliding_window:
-            visible = visible & (slots > columns - self.spec.sliding_window)
+            visible = visible & (place > columns - self.spec.sliding_window)
         return visible
+
+    def _slots_before(self) -> Ragged:
+        """Columns (B, 1, T) of what is stored; -1 where nothing needs to know them any more."""
+        if self._keeps_slots:
+            return self.key_store.slots()
+        lengths = self.key_store.lengths
+        shape = (len(lengths), 1, max(lengths))
+        return Ragged(torch.full(shape, -1, dtype=torch.int32, device=self.device), lengths)
 
     def _attend_exactly(
         self,
@@ -265,7 +299,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         self,
         query: Tensor,
         step: StoredStates,
-        before: tuple[Ragged, Ragged],
+        before: tuple[Ragged, Ragged, Ragged],
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
@@ -273,33 +307,25 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         new = (query.shape[2],) * query.shape[0]
         for side, old, states in zip(
             (self.quantizer.key, self.quantizer.value),
-            before,
+            before[:2],
             (step.keys, step.values),
             strict=True,
         ):
             # Exact states in the basis of the stored ones; RoPE is already on these keys.
             fresh = side.transform.read(side.transform.store(states))
             sides.append(join((old, Ragged(fresh, new))))
-        visible = self._continued_mask(before[0].lengths, query.shape[2], sides[0])
+        visible = self._continued_mask(before[2], query.shape[2])
         key_side, value_side = self.quantizer.key.transform, self.quantizer.value.transform
         keys, values = sides[0].data, sides[1].data
         out = attend(key_side.attend(query), keys, values, visible, scaling, softcap)
         return value_side.attend(out)
 
-    def _continued_mask(self, old: Lengths, new: int, joined: Ragged) -> Tensor:
-        """Old tokens are visible to all, new ones causally unless they are padding."""
-        if self.spec.sliding_window:
-            raise UserError(
-                "a conversation can't go on under exact_prefill in a sliding-window layer; use "
-                'protocol="quantized_prefill".'
-            )
-        width = joined.data.shape[2]
-        place = torch.arange(width, device=self.device)[None] - torch.tensor(
-            old, device=self.device
-        ).unsqueeze(1)
-        causal = place[:, None] <= torch.arange(new, device=self.device)[None, :, None]
-        valid = torch.ones(len(old), new, dtype=torch.bool)
-        if self.observed.valid is not None and self.observed.valid.shape == valid.shape:
-            valid = self.observed.valid
-        real = valid.to(self.device).gather(1, place.clamp(0, new - 1)) | (place < 0)
-        return (causal & real[:, None])[:, None]
+    def _continued_mask(self, old: Ragged, new: int) -> Tensor:
+        """Stored tokens by their slots, then this step's own, of which padding is never seen."""
+        columns = torch.arange(self._seen - new, self._seen, dtype=torch.int32, device=self.device)
+        columns = columns.expand(len(old.lengths), 1, new)
+        valid = self.observed.valid
+        if valid is not None and valid.shape == (len(old.lengths), new):
+            never = torch.iinfo(torch.int32).max
+            columns = columns.masked_fill(~valid.to(self.device)[:, None], never)
+        return self._causal(join((old, Ragged(columns, (new,) * len(old.lengths)))), new)

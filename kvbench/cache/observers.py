@@ -31,6 +31,12 @@ class Observed:
         self.rotary = RotaryPositions()
         self._seen = 0
 
+    def forget(self) -> None:
+        """Be ready for another prompt."""
+        self.valid, self.is_vision, self._seen = None, None, 0
+        self.residual.clear()
+        self.rotary.ids = None
+
     def see_inputs(self, image_ids: tuple[int, ...], call: dict[str, Any]) -> None:
         """The top-level model's keyword arguments, once a forward call.
 
@@ -52,7 +58,10 @@ class Observed:
     def _modality(self, image_ids: tuple[int, ...], ids: Tensor | None, given: Tensor) -> Tensor:
         rows, new = given.shape[:2]
         if self._vision_mask is not None and self._vision_mask.shape[1] >= self._seen + new:
-            return self._vision_mask[:, self._seen : self._seen + new].cpu()
+            mask = self._vision_mask[:, self._seen : self._seen + new].bool().cpu()
+            if rows % len(mask):
+                raise UserError(f"vision_mask has {len(mask)} rows but the prompt has {rows}.")
+            return mask.repeat_interleave(rows // len(mask), 0)  # beams of a prompt stand together
         if ids is None and image_ids and new > 1:
             raise UserError(
                 "this method must know which tokens are vision, but the prompt came as "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -43,17 +44,58 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
     def bits_per_element(self) -> float:
         """Stored bits over the numbers (keys and values of valid tokens) they stand for."""
-        return 8 * self.nbytes() / max(sum(layer.elements for layer in self.layers), 1)
+        return 8 * self.nbytes() / max(sum(sum(layer.elements) for layer in self.layers), 1)
+
+    def rows(self) -> list[RowUsage]:
+        """What each row of the batch takes, without the padding that ragged rows bring."""
+        layers = self.layers
+        return [
+            RowUsage(
+                sum(layer.row_nbytes(row) for layer in layers)
+                + self.observed.rotary.row_nbytes(len(layers[0].elements)),
+                sum(layer.elements[row] for layer in layers),
+                sum(layer.packed_tokens_read[row] for layer in layers),
+            )
+            for row in range(len(layers[0].elements))
+        ]
 
     @property
     def packed_tokens_read(self) -> int:
         """Tokens attention took from segments below 16 bits, summed over layers, rows and steps."""
-        return sum(layer.packed_tokens_read for layer in self.layers)
+        return sum(sum(layer.packed_tokens_read) for layer in self.layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beams."""
         super().reorder_cache(beam_idx)
         self.observed.rotary.select(beam_idx)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.observed.forget()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side."""
+        rows = len(self.layers[0].elements)
+        self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.reorder_cache(indices)
+
+
+@dataclass(frozen=True)
+class RowUsage:
+    """Storage and reads of one sequence of a batch."""
+
+    nbytes: int
+    elements: int
+    packed_tokens_read: int
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits over the numbers they stand for."""
+        return 8 * self.nbytes / max(self.elements, 1)
 
 
 @dataclass(frozen=True)
@@ -107,8 +149,8 @@ def bind(
     method = resolve(method)
     if isinstance(method, ForeignCache):
         raise UserError(f"{method.label} brings its own cache; call quantized_cache instead of bind.")
-    _check_statistics(method, calibration)
     specs = layer_specs(model.config, text_salient_layers)  # type: ignore[arg-type]
+    _check_statistics(method, calibration, specs)
     quantizers = tuple(method.layer(spec, calibration) for spec in specs)
     for quantizer, spec in zip(quantizers, specs, strict=True):
         _check_layer(quantizer, spec)
@@ -174,13 +216,22 @@ def use_kvbench_attention(model: nn.Module) -> None:
     model.set_attn_implementation(choice)  # type: ignore[operator]
 
 
-def _check_statistics(method: KVQuantizer, calibration: Calibration | None) -> None:
-    have = set(calibration.statistics) if calibration else set()
-    if missing := set(method.needs.statistics) - have:
+def _check_statistics(
+    method: KVQuantizer, calibration: Calibration | None, specs: Sequence[LayerSpec]
+) -> None:
+    have = calibration.statistics if calibration else {}
+    if missing := set(method.needs.statistics) - set(have):
         raise UserError(
             f"{method.label} needs calibrated statistics ({', '.join(sorted(missing))}); run "
             "`kvbench calibrate` and pass calibration=."
         )
+    shape = (len(specs), specs[0].num_kv_heads, specs[0].head_dim)
+    for name in method.needs.statistics:
+        if tuple(have[name].shape) != shape:
+            raise UserError(
+                f"the calibration's {name} is {tuple(have[name].shape)} where this model needs "
+                f"{shape}; calibrate this model."
+            )
 
 
 def _check_layer(quantizer: LayerQuantizer, spec: LayerSpec) -> None:
@@ -196,6 +247,11 @@ def _check_layer(quantizer: LayerQuantizer, spec: LayerSpec) -> None:
             if bits != EXACT and codec.block > 1 and size % codec.block:
                 raise UserError(
                     f"the residual length {size} must be a multiple of the group size {codec.block}."
+                )
+            flush = getattr(side.window, "flush_every", 1)
+            if isinstance(side.window, Sliding) and codec.block > 1 and flush % codec.block:
+                raise UserError(
+                    f"flush_every ({flush}) must be a multiple of the group size {codec.block}."
                 )
 
 

@@ -27,6 +27,10 @@ class Ragged:
         """Bytes of the tensor, padding included."""
         return self.data.numel() * self.data.element_size()
 
+    def row_nbytes(self, row: int) -> int:
+        """Bytes of the entries that a row uses."""
+        return self.lengths[row] * (self.nbytes // max(self.data.shape[0] * self.data.shape[2], 1))
+
     def rows(self, index: Tensor) -> Ragged:
         """Rows by index, (B',) int64, repeats allowed."""
         lengths = tuple(self.lengths[i] for i in index.tolist())

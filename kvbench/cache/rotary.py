@@ -27,8 +27,9 @@ class RotaryPositions:
         ids = (ids if ids.dim() == 3 else ids[None]).to(torch.int32)
         self.module = module
         if self.ids is not None:
-            rows = max(self.ids.shape[1], ids.shape[1])
-            ids = torch.cat((self.ids.expand(-1, rows, -1), ids.expand(-1, rows, -1)), 2)
+            # One row may stand for all, and one axis for M-RoPE's three (text after images).
+            axes, rows = (max(sizes) for sizes in zip(self.ids.shape[:2], ids.shape[:2], strict=True))
+            ids = torch.cat((self.ids.expand(axes, rows, -1), ids.expand(axes, rows, -1)), 2)
         self.ids = ids
 
     def select(self, rows: Tensor) -> None:
@@ -40,6 +41,10 @@ class RotaryPositions:
     def nbytes(self) -> int:
         """Bytes of the position ids."""
         return 0 if self.ids is None else self.ids.numel() * self.ids.element_size()
+
+    def row_nbytes(self, rows: int) -> int:
+        """Bytes of one row's position ids in a cache of `rows` rows."""
+        return self.nbytes // max(rows, 1)
 
     def embed(self, keys: Tensor, slots: Tensor) -> Tensor:
         """Keys (B, H, n, D) before RoPE to after; slots (B, n) are columns of the sequence."""

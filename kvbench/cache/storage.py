@@ -65,7 +65,14 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor."""
-        return sum(p.nbytes for p in (*self.parts, *([self.slots] if self.slots else [])))
+        return sum(p.nbytes for p in self._tensors())
+
+    def row_nbytes(self, row: int) -> int:
+        """Bytes of one row's tokens."""
+        return sum(p.row_nbytes(row) for p in self._tensors())
+
+    def _tensors(self) -> tuple[Ragged, ...]:
+        return self.parts if self.slots is None else (*self.parts, self.slots)
 
 
 class SideStore:
@@ -98,14 +105,19 @@ class SideStore:
         return tuple(map(sum, zip(*parts, strict=True)))
 
     @property
-    def packed_tokens(self) -> int:
-        """Tokens, over all rows, that stand in segments below 16 bits."""
-        return sum(sum(s.lengths) for bits, s in self.segments.items() if bits != EXACT)
+    def packed_lengths(self) -> Lengths:
+        """Tokens of each row that stand in segments below 16 bits."""
+        packed = [s.lengths for bits, s in self.segments.items() if bits != EXACT]
+        return tuple(map(sum, zip(*packed, strict=True))) or (0,) * len(self.recent.lengths)
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor."""
         return sum(s.nbytes for s in (*self.segments.values(), self.recent))
+
+    def row_nbytes(self, row: int) -> int:
+        """Bytes of one row's tokens."""
+        return sum(s.row_nbytes(row) for s in (*self.segments.values(), self.recent))
 
     def append(self, states: Ragged, bits: Ragged, slots: Ragged | None) -> None:
         """Take (B, H', n, C) states in the stored basis; bits is (B, 1, n) int8 on the host."""

@@ -34,8 +34,13 @@ def evaluate(
     ] = None,
     data_root: DataRoot = None,
     batch: Annotated[int, typer.Option(help="Samples generated together.")] = 1,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest answer; 512 for MileBench, 16 for generated data if not given."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    workers: Annotated[int, typer.Option(help="Processes that share the work.")] = 1,
     calibration: Annotated[
         Path | None, typer.Option(help="Folder that kvbench calibrate wrote.")
     ] = None,
@@ -57,8 +62,10 @@ def evaluate(
         limit=limit,
         seed=seed,
         batch=batch,
+        max_new_tokens=max_new_tokens,
         device=device,
         dtype=dtype,
+        workers=workers,
         calibration=calibration,
         calibration_samples=calibration_samples,
     )

@@ -45,7 +45,7 @@ def _method(method: Any) -> tuple[str, ...]:
     parameters = ", ".join(
         f"{field.name}={getattr(method, field.name)}" for field in dataclasses.fields(method)
     )
-    return (method.label, parameters, method.paper)
+    return (method.label, method.paper, parameters)
 
 
 def _model(model: Any) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ def _task(task: Any) -> tuple[str, ...]:
 
 
 _COLUMNS: dict[Kind, tuple[tuple[str, ...], Callable[[Any], tuple[str, ...]]]] = {
-    Kind.METHODS: (("label", "parameters", "paper"), _method),
+    Kind.METHODS: (("label", "paper", "parameters"), _method),
     Kind.MODELS: (("label", "family", "hub id"), _model),
     Kind.TASKS: (("label", "title", "folder", "suite"), _task),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -28,7 +27,7 @@ _OUTSIDE = {
 class Verbs(TyperGroup):
     """A group of commands in which `UserError` exits with 2 and Ctrl-C with 130."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the chosen verb."""
         try:
             return super().invoke(ctx)

@@ -21,7 +21,7 @@ from kvbench.registry import (
 from kvbench.specs import suggestion
 
 if TYPE_CHECKING:
-    from kvbench.cache import KVQuantizer
+    from kvbench.cache import ForeignCache, KVQuantizer
     from kvbench.models.zoo import ModelEntry
 
 _SUITE = "milebench"
@@ -37,7 +37,7 @@ class MethodChoice:
     """
 
     spec: str
-    quantizer: KVQuantizer
+    quantizer: KVQuantizer | ForeignCache
 
 
 def choose_methods(text: str) -> tuple[MethodChoice, ...]:

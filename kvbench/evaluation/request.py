@@ -32,8 +32,11 @@ class EvalRequest:
         limit: At most so many samples of each task; None is all.
         seed: Which samples a limit picks, and everything else that is random.
         batch: Samples generated together.
+        max_new_tokens: Longest answer in tokens; None is 512 for MileBench, as officially, and 16
+            for generated data, whose answers are a few words.
         device: "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N".
         dtype: Type of weights and activations; "auto" is the model entry's own.
+        workers: Processes that share the work.
         calibration: Folder written by `kvbench calibrate`; None calibrates where a method needs it.
         calibration_samples: How many samples to calibrate with, from a split that no task scores.
 
@@ -50,8 +53,10 @@ class EvalRequest:
     limit: int | None = None
     seed: int = 0
     batch: int = 1
+    max_new_tokens: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    workers: int = 1
     calibration: Path | None = None
     calibration_samples: int = 32
 
@@ -60,8 +65,10 @@ class EvalRequest:
         for name in ("methods", "models", "tasks", "protocols"):
             if not getattr(self, name):
                 raise UserError(f"no {name} to evaluate: name at least one, or all")
-        for name, smallest in (("limit", 1), ("seed", 0), ("batch", 1), ("calibration_samples", 1)):
+        for name, smallest in (("limit", 1), ("seed", 0), ("batch", 1), ("workers", 1), ("calibration_samples", 1)):
             _at_least(name, getattr(self, name), smallest)
+        if self.max_new_tokens is not None:
+            _at_least("max_new_tokens", self.max_new_tokens, 1)
         _check_hardware(self.device, self.dtype)
         _check_folders(self.out, self.data_root)
         existing_folder("calibration folder", self.calibration)

@@ -7,10 +7,10 @@ import functools
 import hashlib
 import json
 import math
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from kvbench.errors import UserError
 
@@ -54,6 +54,8 @@ class SampleRow:
     prompt_sha256: str
     images_sha256: str
     generation: dict[str, Any]
+    calibration: str
+    """Fingerprint of the statistics the method was built with; empty if it needs none."""
     batch: int
     """Rows generated together."""
     version: str
@@ -85,9 +87,8 @@ class SampleRow:
 
     def __post_init__(self) -> None:
         """Check every field's type, then the values that exclude each other."""
-        annotations = _annotations()
-        for field in dataclasses.fields(self):
-            _check_type(field, getattr(self, field.name), annotations[field.name])
+        _check_types(self)
+        _check_dicts(self)
         _check_values(self)
 
     def to_json(self) -> str:
@@ -136,6 +137,7 @@ def row_key(
     prompt_sha256: str,
     images_sha256: str,
     generation: Mapping[str, Any],
+    calibration: str,
     batch: int,
     version: str,
 ) -> str:
@@ -150,34 +152,39 @@ def row_key(
 
 
 @functools.cache
-def _annotations() -> dict[str, Any]:
-    return get_type_hints(SampleRow)
+def _types() -> dict[str, tuple[type, ...]]:
+    """What each field may hold; a whole number will do for a float, as in JSON."""
+    found = {}
+    for name, annotation in get_type_hints(SampleRow).items():
+        options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+        plain = tuple(get_origin(option) or option for option in options)
+        found[name] = (*plain, int) if float in plain else plain
+    return found
 
 
-def _check_type(field: dataclasses.Field[Any], value: Any, annotation: Any) -> None:
-    if not any(_is_a(value, option) for option in _options(annotation)):
-        raise UserError(f"result row: {field.name} is {value!r}, but must be {field.type}")
-    values = value.values() if isinstance(value, dict) else (value,)
-    if any(isinstance(item, float) and not math.isfinite(item) for item in values):
-        raise UserError(f"result row: {field.name} is {value!r}, but must be finite")
+def _check_types(row: SampleRow) -> None:
+    for name, allowed in _types().items():
+        value = getattr(row, name)
+        # A bool is an int in Python, but not in a row.
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            written = SampleRow.__dataclass_fields__[name].type
+            raise UserError(f"result row: {name} is {value!r}, but must be {written}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"result row: {name} is {value!r}, but must be finite")
 
 
-@functools.cache
-def _options(annotation: Any) -> tuple[Any, ...]:
-    is_union = get_origin(annotation) in (Union, types.UnionType)
-    return get_args(annotation) if is_union else (annotation,)
-
-
-def _is_a(value: Any, annotation: Any) -> bool:
-    if get_origin(annotation) is dict:
-        _, kind = get_args(annotation)
-        return isinstance(value, dict) and all(
-            isinstance(key, str) and (kind is Any or _is_a(item, kind))
-            for key, item in value.items()
-        )
-    if isinstance(value, bool):  # a bool is an int in Python, but not in a row
-        return annotation is bool
-    return isinstance(value, (int, float) if annotation is float else annotation)
+def _check_dicts(row: SampleRow) -> None:
+    if not all(isinstance(key, str) for key in (*row.generation, *row.seconds)):
+        raise UserError("result row: generation and seconds must have texts as keys")
+    for part, value in row.seconds.items():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise UserError(
+                f"result row: seconds has {part}={value!r}, but must have finite numbers"
+            )
 
 
 def _check_values(row: SampleRow) -> None:

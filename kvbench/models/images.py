@@ -21,8 +21,8 @@ class Pixels:
     """What a model wants to know about the images of a prompt.
 
     Attributes:
-        tensors: Keyword arguments for the model: `pixel_values` and, by family, `image_sizes` (N, 2)
-            or `image_grid_thw` (N, 3).
+        tensors: Keyword arguments for the model: `pixel_values` and, by family, `image_sizes`
+            (N, 2) or `image_grid_thw` (N, 3).
         tokens: Number of tokens of each image.
     """
 
@@ -76,8 +76,10 @@ def _llava_next(loaded: LoadedModel, images: list[Image.Image]) -> Pixels:
     processor = loaded.image_processor
     if loaded.entry.image_aspect == "pad":
         squares = [pad_to_square(image, processor.image_mean) for image in images]
-        # The first tile of an image is the whole of it; the others are the any-resolution crops.
-        tiles = processor(squares, return_tensors="pt")["pixel_values"][:, 0]
+        # The first tile of an image is the whole of it, the others are crops: ask for few of them.
+        side = int(loaded.model.config.vision_config.image_size)
+        batch = processor(squares, return_tensors="pt", image_grid_pinpoints=[[side, side]])
+        tiles = batch["pixel_values"][:, 0]
         return Pixels({"pixel_values": tiles}, (_tile_tokens(loaded, tiles),) * len(images))
     batch = processor(images, return_tensors="pt", do_pad=True)
     tensors = {"pixel_values": batch["pixel_values"], "image_sizes": batch["image_sizes"]}
@@ -121,7 +123,7 @@ def _tile_tokens(loaded: LoadedModel, pixels: Tensor) -> int:
 def anyres_tokens(
     size: tuple[int, int], pinpoints: Sequence[Sequence[int]], tile: int, grid: int
 ) -> int:
-    """Tokens that LLaVA-NeXT adds to an image's base tile: the crops without padding, and line ends.
+    """Tokens that LLaVA-NeXT adds to an image's base tile: crops without padding, and line ends.
 
     Args:
         size: Height and width of the original image, pixels.
@@ -132,7 +134,7 @@ def anyres_tokens(
     from transformers.image_processing_utils import select_best_resolution
 
     height, width = size
-    best_height, best_width = select_best_resolution(list(size), [list(p) for p in pinpoints])
+    best_height, best_width = select_best_resolution(size, [list(p) for p in pinpoints])
     rows, columns = best_height // tile * grid, best_width // tile * grid
     if width / height > columns / rows:
         used = int(round(height * (columns / width), 7))
@@ -140,17 +142,14 @@ def anyres_tokens(
     else:
         used = int(round(width * (rows / height), 7))
         columns -= (columns - used) // 2 * 2
-    return rows * columns + rows
+    return int(rows * columns + rows)
 
 
 def concatenate(pixels: Sequence[Tensor]) -> Tensor:
-    """Join pixel values along images; any-resolution ones (N, tiles, 3, H, W) are filled up with zero tiles."""
+    """Join pixel values along images; zero tiles fill up (N, tiles, 3, H, W) to the most tiles."""
     if pixels[0].dim() != 5:
         return torch.cat(list(pixels))
     most = max(p.shape[1] for p in pixels)
-    return torch.cat(
-        [
-            torch.cat([p, p.new_zeros(p.shape[0], most - p.shape[1], *p.shape[2:])], 1)
-            for p in pixels
-        ]
-    )
+    other_axes = (0, 0) * 3  # width, height and channels stay
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(p, (*other_axes, 0, most - p.shape[1])) for p in pixels])

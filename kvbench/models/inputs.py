@@ -15,8 +15,8 @@ from kvbench.models.images import concatenate, prepare_images
 from kvbench.models.load import LoadedModel
 from kvbench.models.prompts import IMAGE_HERE
 
-# MileBench's truncation counts neither the template nor the newlines between images, so official runs
-# pass the trained range by a few tokens, which rotary positions bear.
+# MileBench's truncation counts neither the template nor the newlines between images, so official
+# runs pass the trained range by a few tokens, which rotary positions bear.
 POSITION_SLACK = 256
 
 
@@ -25,7 +25,7 @@ class ModelInputs:
     """Inputs of B prompts, padded on the left to T tokens.
 
     Attributes:
-        input_ids: (B, T) int64, image placeholders already repeated to each image's number of tokens.
+        input_ids: (B, T) int64, each image placeholder repeated to the image's number of tokens.
         attention_mask: (B, T) int64, 0 on padding.
         is_vision: (B, T) bool, True on image tokens.
         prompt_tokens: Tokens of each prompt without padding.
@@ -48,11 +48,13 @@ class ModelInputs:
             name: value.to(device, dtype if value.is_floating_point() else None)
             for name, value in self.images.items()
         }
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("input_ids", "attention_mask", "is_vision")
-        }
-        return replace(self, images=images, **moved)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            is_vision=self.is_vision.to(device),
+            images=images,
+        )
 
 
 def encode(
@@ -60,8 +62,8 @@ def encode(
 ) -> ModelInputs:
     """Turn one prompt into inputs on the model's device, pixels in the model's dtype.
 
-    The text around each image is tokenized piece by piece, each on its own, with the beginning-of-sequence
-    token before the first piece only, as LLaVA does.
+    The pieces of text around the images are tokenized each on its own, with the
+    beginning-of-sequence token before the first only, as LLaVA does.
 
     Args:
         loaded: The model; its entry decides the prompt style and what happens to images.
@@ -70,23 +72,23 @@ def encode(
         where: What to call the prompt in messages, such as "sample 7 of StateChange".
 
     Raises:
-        UserError: Markers and images differ in number, the model takes no images, or the prompt is longer
-            than the model.
+        UserError: Markers and images differ in number, the model takes no images, or the prompt is
+            longer than the model.
     """
     markers = text.count(IMAGE_HERE)
     if markers != len(images):
         raise UserError(
-            f"{where} has {markers} image markers but {len(images)} images: each {IMAGE_HERE} needs one"
+            f"{where} has {markers} image markers but {len(images)} images:"
+            f" each {IMAGE_HERE} needs one"
         )
     pixels = prepare_images(loaded, images, where)
     style = loaded.style
     pieces = _pieces(loaded, style.render(text).split(style.image))
-    ids = _interleave(pieces, pixels.tokens, image_id(loaded) if images else -1)
+    marker = image_id(loaded) if images else -1
+    ids = _interleave(pieces, pixels.tokens, marker)
     _check_length(loaded, len(ids), where)
     input_ids = torch.tensor([ids])
-    is_vision = (
-        input_ids == image_id(loaded) if images else torch.zeros_like(input_ids, dtype=torch.bool)
-    )
+    is_vision = input_ids == marker
     tensors = dict(pixels.tensors)
     if loaded.entry.family == "qwen2_vl":
         tensors["mm_token_type_ids"] = is_vision.int()
@@ -95,7 +97,7 @@ def encode(
 
 
 def batch(inputs: Sequence[ModelInputs], pad_id: int) -> ModelInputs:
-    """Join prompts into one batch, padded on the left; images follow each other in the prompts' order."""
+    """Join prompts into one batch, padded on the left; images follow in the prompts' order."""
     width = max(one.input_ids.shape[1] for one in inputs)
 
     def rows(tensors: Iterable[Tensor], fill: int | bool) -> Tensor:

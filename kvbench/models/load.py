@@ -23,14 +23,19 @@ _CLASSES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "text": "AutoModelForCausalLM",
 }
+_IMAGE_PROCESSORS = {  # where the checkpoint's file doesn't say
+    "llava": "CLIPImageProcessor",
+    "llava_next": "LlavaNextImageProcessor",
+    "qwen2_vl": "Qwen2VLImageProcessor",
+}
 
 
 @dataclass(frozen=True)
 class Processor:
     """What turns text and images into numbers.
 
-    transformers' own processor classes are not used: Qwen2-VL's needs torchvision for videos, and all
-    of them tokenize a prompt in one go where LLaVA's own code does so piece by piece.
+    transformers' own processor classes are not used: Qwen2-VL's needs torchvision for videos, and
+    all of them tokenize a prompt in one go where LLaVA's own code does so piece by piece.
     """
 
     tokenizer: Any
@@ -157,20 +162,36 @@ def _check_device(device: str) -> None:
 
 
 def _processor(folder: Path, entry: ModelEntry) -> Processor:
-    """Tokenizer and image processor; images by PIL, whose resizing is the same on every machine."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        images = None
-        if entry.family != "text":
-            images = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"the tokenizer or image processor in {folder} can't be read: {error}"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        images = _image_processor(folder, entry) if entry.family != "text" else None
+    except Exception as error:  # the tokenizers library raises bare Exception on a broken file
+        raise UserError(f"can't read tokenizer or image processor in {folder}: {error}") from error
     return Processor(tokenizer, images, _processor_template(folder))
+
+
+def _image_processor(folder: Path, entry: ModelEntry) -> Any:
+    """The image processor by PIL, whose resizing is the same on every machine.
+
+    The class is looked up here because transformers' automatic choice may demand torchvision.
+    """
+    import transformers
+
+    path = folder / "preprocessor_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        path = folder / "processor_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")).get("image_processor", {})
+    name = settings.get("image_processor_type", _IMAGE_PROCESSORS[entry.family])
+    name = name.removesuffix("Fast").removesuffix("Pil") + "Pil"
+    if not hasattr(transformers, name):
+        raise ValueError(f"{path} names the unknown image processor {name.removesuffix('Pil')}")
+    return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
 
 
 def _processor_template(folder: Path) -> str | None:

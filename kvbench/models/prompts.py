@@ -1,8 +1,8 @@
 """Prompt styles: from the text of a task to the exact text that a model reads.
 
 A style takes text with `<ImageHere>` markers and returns the whole prompt, with the marker that its
-family uses for an image. Text that only looks like a control token is taken apart first (`neutral`),
-so that a document can neither open a turn nor claim an image.
+family uses for an image. Text that only looks like a control token is taken apart first
+(`neutral`), so that a document can neither open a turn nor claim an image.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ _PROBE = f"first {IMAGE_HERE} second\nthird {IMAGE_HERE}"
 _QWEN_BLOCK = f"<|vision_start|>{QWEN_IMAGE}<|vision_end|>"
 
 _LLAVA_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content "
-    "that the user provides, and assist the user with a variety of tasks using natural language."
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
 )
 _VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives detailed, helpful, and polite answers to the user's questions."
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
 
 def neutral(text: str) -> str:
-    """Put a blank behind the `<` of every `<image>` and `<|name|>`, which thereby become plain text."""
+    """Put a blank behind the `<` of every `<image>` and `<|name|>`, which makes them plain text."""
     return _CONTROL.sub("< ", text)
 
 
@@ -44,7 +45,7 @@ class PromptStyle:
 
     Attributes:
         name: What users call it.
-        template: The whole prompt of one user turn with an open assistant turn, from the turn's text.
+        template: From the text of a user's turn to the prompt that ends where the answer begins.
         image: Marker that stands for one image in the rendered prompt.
         image_block: What `<ImageHere>` becomes: the marker with what the family puts around it.
     """

@@ -37,10 +37,10 @@ class ModelEntry:
         tsa_layers: Layers whose attention favours text tokens (paper, Table I).
         max_context_len: Tokens that MileBench's truncation leaves room for.
         tokens_per_image: Tokens that MileBench's truncation counts for an image.
-        image_aspect: `pad`: squares filled with the mean colour, one tile an image (LLaVA's own `pad`);
-            `processor`: whatever the checkpoint's image processor does (centre crop for LLaVA-1.5, any
-            resolution for LLaVA-NeXT); `bounded`: Qwen2-VL's dynamic resolution, with at most
-            `tokens_per_image` tokens an image.
+        image_aspect: `pad`: squares filled with the mean colour, one tile an image, as LLaVA's own
+            `pad`; `processor`: whatever the checkpoint's image processor does (centre crop for
+            LLaVA-1.5, any resolution for LLaVA-NeXT); `bounded`: Qwen2-VL's dynamic resolution,
+            with at most `tokens_per_image` tokens an image.
         dtype: Weights' type unless the user asks for another.
     """
 
@@ -82,7 +82,7 @@ MODELS: dict[str, ModelEntry] = {
             "smol_llava",
             "smol-LLaVA",
             "llava",
-            loader="kvbench.models.smol_llava:load",
+            loader="kvbench.models.smol_llava.load:load",
             prompt_style="chatml",
             tsa_layers=(0, 1),
             tokens_per_image=64,

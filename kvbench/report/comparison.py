@@ -9,18 +9,17 @@ from dataclasses import astuple, dataclass
 from kvbench.report.board import SETTING_COLUMNS, Block, Leaderboard
 from kvbench.report.header import header
 from kvbench.report.paper import label, paper_table
-from kvbench.report.table2 import percent_number
 from kvbench.report.text import MISSING, csv_text, markdown_table, number
 
 DATASET = "milebench"
 
 NOTES = """\
-Accuracy in percent; difference: here less paper, in points. `*`: the paper's value looks like a copy
-error and is not compared. `(n=...)`: fewer samples than the task should have. Mean: over the tasks
-that are compared. The paper states neither its protocol nor its prompt template, how it fed several
-images, or how it scored empty answers. Both runs draw on the same 200 samples a task but their
-answers can't be paired: a standard error is about 3.5 points each, so differences below about 7
-points mean little."""
+Accuracy in percent; difference: here less paper, in points. `*`: the paper's value looks like a
+copy error and is not compared. `(n=...)`: fewer samples than the task should have. Mean: over the
+tasks that are compared. The paper states neither its protocol nor its prompt template, how it fed
+several images, or how it scored empty answers. Its answers to single samples aren't known, so
+nothing can be paired: with 200 samples a task each side has a standard error of up to 3.5 points,
+and differences below about 7 points mean little."""
 
 _CSV_HEADERS = (
     "method",

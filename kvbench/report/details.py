@@ -31,9 +31,9 @@ KL(fp16 || method) in nats, teacher-forced on fp16's own answer: at the first an
 mean over its tokens; averaged per sample first, with the standard error over samples. Agreement:
 same answer text as fp16. Accuracy with its 95 % interval: Wilson's for a task, bootstrap for the
 mean. Strict: only an answer that is exactly one option counts. Difference to fp16 on the same
-samples, in points, with its paired bootstrap interval; lost/gained: samples that became wrong/right;
-p: exact McNemar, two-sided; detectable: the smallest difference that this many samples with this
-many flips show with 80 % power at the 5 % level (Connor, Biometrics 43, 1987)."""
+samples, in points, with its paired bootstrap interval. Lost/gained: samples that became wrong, that
+became right. p: exact McNemar, two-sided. Detectable: the smallest difference that this many
+samples with this many flips show with 80 % power at the 5 % level (Connor, Biometrics 43, 1987)."""
 
 _HEADERS = (
     "Method", "Task", "Bits", "Cache bytes", "KL first", "KL mean", "Agreement", "Accuracy", "n",

@@ -14,7 +14,7 @@ from kvbench.evaluation.statistics import Estimate, Interval
 
 MISSING = "-"
 
-_SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
+_SPECIAL = re.compile(r"[\\`*|~$]|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])")
 
 
 def plain(text: str) -> str:
@@ -48,14 +48,14 @@ def markdown_table(headers: Sequence[str], lines: Sequence[Sequence[str]], texts
     return tabulate(
         [[escape(cell) for cell in line] for line in lines],
         headers=[escape(header) for header in headers],
-        tablefmt="github",
+        tablefmt="pipe",
         disable_numparse=True,
         colalign=["left"] * texts + ["right"] * (len(headers) - texts),
     )
 
 
 def csv_text(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return lines as CSV with a header, newlines as ``\\n``."""
+    """Return lines as CSV with a header; every line ends in a line feed."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(headers)
@@ -64,8 +64,8 @@ def csv_text(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a number for CSV, six digits; empty where there is none."""
-    return "" if value is None else f"{value:.6g}"
+    """Return a number for CSV, ten digits; empty where there is none."""
+    return "" if value is None else f"{value:.10g}"
 
 
 def percent(share: float | None, sign: str = "") -> str:

@@ -69,7 +69,7 @@ def open_image(path: Path) -> Image:
     Raises:
         UserError: the file is missing, too large, damaged, truncated or of another format.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
@@ -82,7 +82,7 @@ def open_image(path: Path) -> Image:
             return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: too many pixels to open ({error}); scale it down") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise UserError(
             f"{path}: not an image of a known format ({', '.join(FORMATS)}); convert or restore it"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 from kvbench.errors import UserError
 from kvbench.tasks.base import IMAGE_MARKER, Sample, TaskData
 from kvbench.tasks.milebench.images import locate
-from kvbench.tasks.milebench.record import Record, field, parse_record, strings
+from kvbench.tasks.milebench.record import Record, check_unicode, field, parse_record, strings
 from kvbench.tasks.milebench.scoring import Metric, metric_of, true_option
 
 
@@ -110,6 +110,7 @@ def read_annotation(root: Path, folder: str) -> Annotation:
     entries = field(content, "data", list, str(path))
     if not entries:
         raise UserError(f"{path}: data holds no samples; restore the original file")
+    check_unicode("".join(instructions), f"{path}, meta_data")
     if any(IMAGE_MARKER in instruction for instruction in instructions):
         raise UserError(f"{path}: an instruction holds {IMAGE_MARKER}; instructions have no images")
     annotation = Annotation(path, instructions, question_type, tuple(entries))

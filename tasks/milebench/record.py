@@ -81,6 +81,8 @@ def parse_record(entry: object, number: int, path: str) -> Record:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: must be an object, not {_shown(entry)}; correct the file")
     sample_id = field(entry, "sample_id", int, where)
+    if not -(2**63) <= sample_id < 2**63:
+        raise UserError(f"{where}: sample_id {sample_id} doesn't fit 64 bits; use smaller numbers")
     where = f"{path}, sample {sample_id}"
     instance = field(entry, "task_instance", dict, where)
     field(entry, "image_quantity_level", str, where)
@@ -92,8 +94,25 @@ def parse_record(entry: object, number: int, path: str) -> Record:
         truth=_truth(entry, where),
         image_names=strings(instance, "images_path", where),
     )
-    check_placeholders(full_text(record.context, record.choices), len(record.image_names), where)
+    text = full_text(record.context, record.choices)
+    check_unicode(text + record.truth, where)
+    check_placeholders(text, len(record.image_names), where)
     return record
+
+
+def check_unicode(text: str, where: str) -> None:
+    r"""Checks that `text` can be written as UTF-8: JSON allows half characters such as "\ud83d".
+
+    Raises:
+        UserError: it can't.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: the text holds {text[error.start]!a}, which is half a character; "
+            f"correct the escape in the file"
+        ) from error
 
 
 def check_placeholders(text: str, images: int, where: str) -> None:
@@ -150,5 +169,5 @@ def _truth(entry: Mapping[str, Any], where: str) -> str:
 
 def _shown(value: object) -> str:
     """A JSON value, short enough for an error message."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

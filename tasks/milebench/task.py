@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from kvbench.tasks.base import Prompt, Sample, Score, Task, TaskData, Tokens
-from kvbench.tasks.milebench.prompt import build_prompt
+from kvbench.tasks.milebench.prompt import build_prompt, newline_rule
 from kvbench.tasks.milebench.reader import read_task
 from kvbench.tasks.milebench.scoring import score
 
 # The official code gives this set's 26 and more options no letters.
 _UNLETTERED = "GPR1200"
+_GENERATORS = {"milebench": "kvbench.tasks.minimile", "easy_vqa": "kvbench.tasks.easy_vqa"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,16 @@ class MileBenchTask(Task):
         """See `prompt.build_prompt`."""
         lettered = self.folder != _UNLETTERED
         return build_prompt(sample, tokenizer, max_context_len, tokens_per_image, lettered)
+
+    def user_turn(self, prompt: Prompt) -> str:
+        """See `prompt.newline_rule`."""
+        return newline_rule(prompt.text)
+
+    def default_root(self) -> Path:
+        """The generated set of this suite."""
+        module = import_module(_GENERATORS[self.suite])
+        root: Path = module.default_root()
+        return root
 
     def score(self, sample: Sample, answer: str) -> Score:
         """See `scoring.score`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 from kvbench.tasks.minimile.canvas import (
@@ -14,7 +15,7 @@ from kvbench.tasks.minimile.canvas import (
     draw_shape,
     vary,
 )
-from kvbench.tasks.minimile.drawing import Drawing, Picture, ask, compose, numbered
+from kvbench.tasks.minimile.drawing import Drawing, Picture, Question, ask, compose, numbered
 from kvbench.tasks.minimile.frames import snapshot
 
 LAYERS = {"top": "on top", "middle": "in the middle", "bottom": "at the bottom"}
@@ -30,7 +31,7 @@ def _layers(rng: Random, colors: list[str]) -> Picture:
     """Draw a section through the ground: three layers of different colors."""
     image, top = blank(vary(rng, WHITE, 5)), rng.randrange(2, 8)
     bounds = [top, rng.randrange(20, 26), rng.randrange(38, 46), rng.randrange(60, 63)]
-    for color, upper, lower in zip(colors, bounds, bounds[1:], strict=False):
+    for color, (upper, lower) in zip(colors, pairwise(bounds), strict=True):
         box(image, 4, upper, 60, lower, vary(rng, COLORS[color]))
     facts = {f"layer_{layer}": color for layer, color in zip(LAYERS, colors, strict=True)}
     return Picture(image, ", ".join(colors), facts)
@@ -52,7 +53,8 @@ def tqa(rng: Random) -> Drawing:
 
 def _table(rng: Random, rows: list[tuple[str, str, str]]) -> Picture:
     """Draw a table of three rows: an object and its number."""
-    image, facts = blank(vary(rng, WHITE, 5)), {}
+    image = blank(vary(rng, WHITE, 5))
+    facts: dict[str, str] = {}
     box(image, 31, 0, 33, 64, GRAY)
     for row, (color, shape, digit) in enumerate(rows):
         box(image, 0, 21 * row - 1, 64, 21 * row + 1, GRAY)
@@ -106,22 +108,29 @@ def _chart_slide(rng: Random, colors: list[str]) -> Picture:
     return Picture(image, caption, facts | {"tallest_color": tallest})
 
 
+def _charts(rng: Random, number: int) -> tuple[list[Picture], Question]:
+    """Six charts; which bar of one of them is the tallest?"""
+    charts = [rng.sample(tuple(COLORS), 3) for _ in range(6)]
+    pictures = [_chart_slide(rng, colors) for colors in charts]
+    shown = charts[number]
+    other = rng.choice([color for color in COLORS if color not in shown])
+    text = f"Which bar is the tallest on slide {number + 1}?"
+    answer = pictures[number].facts["tallest_color"]
+    return pictures, ask(rng, text, answer, [*shown, other])
+
+
+def _lists(rng: Random, number: int) -> tuple[list[Picture], Question]:
+    """Six lists; how many bullets has the one of that number, or with that title?"""
+    titles, counts = rng.sample(tuple(COLORS), 6), [rng.randrange(1, 6) for _ in range(6)]
+    pictures = [_bullet_slide(rng, *pair) for pair in zip(titles, counts, strict=True)]
+    by_title = rng.random() < 0.5
+    slide = f"the slide with the {titles[number]} title" if by_title else f"slide {number + 1}"
+    text = f"How many bullets does {slide} have?"
+    return pictures, ask(rng, text, str(counts[number]), COUNTS)
+
+
 def slide_vqa(rng: Random) -> Drawing:
-    """Six slides, lists or charts; how many bullets, or which bar is the tallest?"""
+    """Six slides, all charts or all lists, and a question about one of them."""
     number = rng.randrange(6)
-    if rng.random() < 0.4:
-        charts = [rng.sample(tuple(COLORS), 3) for _ in range(6)]
-        pictures = [_chart_slide(rng, colors) for colors in charts]
-        answer, shown = pictures[number].facts["tallest_color"], charts[number]
-        other = rng.choice([color for color in COLORS if color not in shown])
-        text = f"Which bar is the tallest on slide {number + 1}?"
-        question = ask(rng, text, answer, [*shown, other])
-    else:
-        titles, counts = rng.sample(tuple(COLORS), 6), [rng.randrange(1, 6) for _ in range(6)]
-        pictures = [_bullet_slide(rng, *pair) for pair in zip(titles, counts, strict=True)]
-        slide = f"slide {number + 1}"
-        if rng.random() < 0.5:
-            slide = f"the slide with the {titles[number]} title"
-        text = f"How many bullets does {slide} have?"
-        question = ask(rng, text, str(counts[number]), COUNTS)
+    pictures, question = (_charts if rng.random() < 0.4 else _lists)(rng, number)
     return compose("SlideVQA", numbered("Slide", pictures), question)

@@ -16,7 +16,7 @@ TRUNK: Color = (110, 70, 30)
 
 
 def _beach(rng: Random) -> Pixels:
-    """A yellow beach below a blue sky, with a red and white parasol."""
+    """A yellow beach below a blue sky, with a red parasol."""
     image, x = blank(vary(rng, SKY)), rng.randrange(14, 50)
     box(image, 0, 36, 64, 64, vary(rng, SAND))
     box(image, x - 1, 30, x + 1, 58, TRUNK)
@@ -28,8 +28,8 @@ def _forest(rng: Random) -> Pixels:
     """Dark green firs with brown trunks on green ground."""
     image = blank(vary(rng, (170, 215, 170)))
     box(image, 0, 48, 64, 64, vary(rng, (60, 120, 50)))
-    for x in (9, 32, 55):
-        x += rng.randrange(-4, 5)
+    for column in (9, 32, 55):
+        x = column + rng.randrange(-4, 5)
         box(image, x - 2, 44, x + 3, 58, TRUNK)
         draw_shape(image, "triangle", 13, x, 30 + rng.randrange(-3, 4), (15, 85, 30))
     return image

@@ -114,9 +114,8 @@ def _scene(
 
 def object_interaction(rng: Random) -> Drawing:
     """Four frames: a hand moves above three objects and takes one of them in the last."""
-    named = [
-        (color, rng.choice(SHAPES)) for color in rng.sample(GRASPABLE, 4)
-    ]  # the last one is an option and in no image
+    named = [(color, rng.choice(SHAPES)) for color in rng.sample(GRASPABLE, 4)]
+    # The fourth is an option and in no image.
     objects = dict(zip(COLUMNS, named[:3], strict=True))
     target = rng.choice(tuple(COLUMNS))
     background = vary(rng, BACKGROUNDS[rng.choice(BRIGHT)], 6)

@@ -8,15 +8,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvbench.models.smol_llava.load import load, merged_folder
+    import torch
 
-__all__ = ["load", "merged_folder"]
+__all__ = ["load"]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the loader, and torch with it, when it is first asked for."""
-    if name in __all__:
-        from kvbench.models.smol_llava import load as loader
+def load(device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any, str]:
+    """The model, its processor and its revision; offline, seconds after the first time.
 
-        return getattr(loader, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    Args:
+        device: where the model goes.
+        dtype: of its weights; bfloat16 if None.
+
+    Returns:
+        `LlavaForConditionalGeneration` in eval mode, `LlavaProcessor`, and a text that changes
+        with the weights.
+
+    Raises:
+        UserError: the trained weights or those of SmolLM2 are missing.
+    """
+    from kvbench.models.smol_llava.loading import load_merged
+
+    return load_merged(device, dtype)

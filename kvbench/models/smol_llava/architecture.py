@@ -120,3 +120,10 @@ def build_processor(tokenizer: Any) -> LlavaProcessor:
 def chat(prompt: str) -> str:
     """One user turn and the open assistant turn, in SmolLM2's chat markup without system text."""
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a merged model's folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

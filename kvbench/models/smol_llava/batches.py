@@ -22,6 +22,9 @@ from kvbench.tasks.minimile import FACT_VOCABULARY
 
 ATTRIBUTES: tuple[str, ...] = tuple(FACT_VOCABULARY)
 IGNORED = -100
+PADDING = 512
+"""Tokens of padding behind the last sample are cut into sequences of at most this length."""
+
 _VALUE = {
     name: {value: index for index, value in enumerate(values)}
     for name, values in FACT_VOCABULARY.items()
@@ -36,7 +39,7 @@ class Batch(NamedTuple):
         facts: int64 (V, attributes), an index into the vocabulary or `IGNORED`.
         ids: int64 (N,).
         positions: int64 (N,), counted from each sequence's start.
-        bounds: int32 (S + 1,), where sequences begin and the last one ends; padding is the last.
+        bounds: int32 (S + 1,), where sequences begin and the last one ends; padding comes last.
         image_tokens: int64 (64 a real image,), where image features go.
         sources: int64 (K,), the positions whose output predicts a token.
         labels: int64 (K,).
@@ -138,8 +141,10 @@ def pack(examples: list[Example], shape: Shape, pad: int, held_out: bool = False
             pixels[image], facts[image] = picture, fact_labels(told)
             image += 1
         bounds.append(end)
-    positions[bounds[-1] :] = np.arange(shape.tokens - bounds[-1])
-    bounds.append(shape.tokens)
+    while bounds[-1] < shape.tokens:
+        end = min(shape.tokens, bounds[-1] + PADDING)
+        positions[bounds[-1] : end] = np.arange(end - bounds[-1])
+        bounds.append(end)
     where = np.array(sources)
     return Batch(
         pixels=torch.from_numpy(pixels),

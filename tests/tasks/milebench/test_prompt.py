@@ -80,9 +80,7 @@ def test_images_and_tables_share_one_numbering_and_unknown_ones_stay() -> None:
 
 def test_placeholders_inside_options_become_markers() -> None:
     prompt = build_prompt(sample("{image#1}Q", 2, ("{image#2}", "no")), Words(), 1000, 10)
-    assert prompt.text == (
-        f"Look well.\n{M}Q\nChoice list: \nA. {M}\nB. no\nYour answer is: "
-    )
+    assert prompt.text == (f"Look well.\n{M}Q\nChoice list: \nA. {M}\nB. no\nYour answer is: ")
     assert names(prompt) == ["1", "2"]
 
 
@@ -112,9 +110,7 @@ def test_everything_fits() -> None:
 
 
 # Instruction 2 tokens, question 4, images 10: one image needs 16, two need 26.
-@pytest.mark.parametrize(
-    ("limit", "kept"), [(26, ["1", "2"]), (25, ["2"]), (16, ["2"]), (15, [])]
-)
+@pytest.mark.parametrize(("limit", "kept"), [(26, ["1", "2"]), (25, ["2"]), (16, ["2"]), (15, [])])
 def test_a_fit_is_inclusive_and_the_first_images_go_first(limit: int, kept: list[str]) -> None:
     prompt = build("{image#1}{image#2}Which one is red?", 2, limit)
     assert prompt.text == "Look well.\n" + M * len(kept) + "Which one is red?"
@@ -214,7 +210,9 @@ def test_truncation_agrees_with_a_second_implementation() -> None:
         images = rng.randint(max(1, len(lengths) - 1), 6)
         limit, per_image = rng.randint(3, 40), rng.randint(1, 8)
         places = [f"{{image#{k}}}" for k in range(1, len(lengths))]
-        pieces = ["".join(f" w{index}{n}" for n in range(size)) for index, size in enumerate(lengths)]
+        pieces = [
+            "".join(f" w{index}{n}" for n in range(size)) for index, size in enumerate(lengths)
+        ]
         context = pieces[0] + "".join(p + t for p, t in zip(places, pieces[1:], strict=True))
         prompt = build(context, images, limit, per_image, TokenPerBlank())
         texts, pictures, first = straightforward(lengths, images, limit - 2, per_image)

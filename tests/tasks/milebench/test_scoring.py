@@ -38,7 +38,9 @@ def test_the_folder_decides_before_the_question_type(
 
 
 def test_unknown_question_type_is_refused() -> None:
-    with pytest.raises(UserError, match="question_type 'essay' is unknown; use one of multi-choice"):
+    with pytest.raises(
+        UserError, match="question_type 'essay' is unknown; use one of multi-choice"
+    ):
         metric_of("TQA", "essay")
 
 

@@ -1,0 +1,90 @@
+"""Calibration of one model on data that no task scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvbench.evaluation.samples import ask, encoded, read_cell
+from kvbench.registry import TASKS
+
+if TYPE_CHECKING:
+    from kvbench.cache import Calibration
+    from kvbench.evaluation.progress import Progress
+    from kvbench.evaluation.request import CalibrationRequest
+    from kvbench.models.load import LoadedModel
+
+SPLIT_SEED = 9000
+"""minimile's calibration split: the generator's set of this seed, which no task scores."""
+
+
+def calibrate(request: CalibrationRequest, progress: Progress) -> Iterator[Path]:
+    """Calibrate every model and write one file each; yields the paths.
+
+    Raises:
+        UserError: data, a model or the output folder can't be used.
+    """
+    from kvbench.cache import save_calibration
+    from kvbench.evaluation.hardware import load
+
+    for entry in request.models:
+        loaded = load(entry, request.device, request.dtype)
+        progress.note(f"calibrating {entry.name} on {request.samples} samples")
+        path = calibration_file(request.out, loaded)
+        save_calibration(
+            statistics_of(loaded, request.samples, request.seed, request.data_root), path
+        )
+        yield path
+
+
+def calibration_file(folder: Path, loaded: LoadedModel) -> Path:
+    """Where a model's statistics lie in a calibration folder."""
+    return folder / f"{loaded.entry.name}.safetensors"
+
+
+def statistics_of(
+    loaded: LoadedModel, samples: int, seed: int, root: Path | None = None
+) -> Calibration:
+    """Run a model over calibration prompts, drawn evenly from the twelve tasks' folders.
+
+    Without a root the data are minimile's calibration split, made on first use.
+
+    Raises:
+        UserError: the data can't be read or made.
+    """
+    from kvbench.cache import calibrate_statistics
+
+    names = [name for name in TASKS.names() if TASKS.get(name).suite == "milebench"]
+    folder = root or _calibration_root(samples)
+    share = -(-samples // len(names))
+    manifest = {
+        "model": loaded.entry.name,
+        "revision": loaded.revision,
+        "data": str(root.name if root else folder.name),
+        "seed": str(seed),
+    }
+    return calibrate_statistics(
+        loaded.model, _prompts(loaded, names, folder, share, seed, samples), manifest
+    )
+
+
+def _prompts(
+    loaded: LoadedModel, names: list[str], root: Path, share: int, seed: int, total: int
+) -> Iterator[dict[str, Any]]:
+    for name in names:
+        cell = read_cell(name, root, share, seed)
+        for sample in cell.samples[: max(total, 0)]:
+            yield dict(encoded(loaded, [ask(loaded, cell.task, sample)]).kwargs())
+        total -= len(cell.samples)
+
+
+def _calibration_root(samples: int) -> Path:
+    from platformdirs import user_cache_path
+
+    from kvbench.tasks import minimile
+
+    root = user_cache_path("kvbench") / f"minimile-{minimile.VERSION}-calibration-{samples}"
+    if not (root / "minimile.json").exists():
+        minimile.make(root, seed=SPLIT_SEED, samples=samples)
+    return root

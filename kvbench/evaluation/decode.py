@@ -1,0 +1,233 @@
+"""Greedy answers of a batch, with a twin of every row that follows the reference answer.
+
+The twin starts from the same cache after the prompt and is fed the 16-bit cache's own answer, so the
+distance between both caches is measured at every answer token from one prefill (teacher forcing).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvbench.cache import QuantizedCache, RowUsage
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from kvbench.models.inputs import ModelInputs
+
+REFERENCE_TOKENS = 64
+"""Positions of an answer at which distributions are compared, at most."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated: greedily."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 1
+
+    def row(self) -> dict[str, Any]:
+        """What a result row says about it."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "min_new_tokens": self.min_new_tokens,
+            "do_sample": False,
+        }
+
+
+@dataclass
+class Answer:
+    """One row's answer.
+
+    `log_probs` are (1 + len(ids), V) float32 at the answer's positions, at most REFERENCE_TOKENS of
+    them; `divergences` are KL(reference || this) in nats at the reference's positions.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[Tensor] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    usage: RowUsage | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a batch and where the time went, in seconds a batch."""
+
+    rows: list[Answer]
+    seconds: dict[str, float]
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    inputs: ModelInputs,
+    cache: Cache,
+    generation: Generation,
+    references: Sequence[Answer] | None = None,
+) -> Answers:
+    """Answer B prompts greedily; with references, measure divergence from them on the way.
+
+    Without references the log-probabilities are kept, to be a reference for others.
+    """
+    started = _now(model)
+    logits = _prefill(model, inputs, cache)
+    prefilled = _now(model)
+    usages = cache.rows() if isinstance(cache, QuantizedCache) else None
+    twins = references is not None and isinstance(cache, QuantizedCache)
+    run = _Run(model, inputs, cache, generation, references, twins)
+    run.decode(logits)
+    if usages is not None and isinstance(cache, QuantizedCache):
+        # Bytes are those of the prompt; reads go on while decoding.
+        finals = cache.rows()[:: 2 if twins else 1]
+        for row, usage, final in zip(run.answers, usages, finals, strict=True):
+            row.usage = RowUsage(usage.nbytes, usage.elements, final.packed_tokens_read)
+    finished = _now(model)
+    return Answers(
+        run.answers, {"prefill": prefilled - started, "decode": finished - prefilled}
+    )
+
+
+class _Run:
+    """Decoding of one batch; with twins, rows 2i are free and rows 2i + 1 follow reference i."""
+
+    def __init__(
+        self,
+        model: Any,
+        inputs: ModelInputs,
+        cache: Cache,
+        generation: Generation,
+        references: Sequence[Answer] | None,
+        twins: bool,
+    ) -> None:
+        self._model, self._cache, self._generation = model, cache, generation
+        self._references, self._twins = references, twins
+        self._mask = inputs.attention_mask
+        self._stops = _stop_ids(model)
+        self.answers = [Answer() for _ in range(inputs.input_ids.shape[0])]
+        self._open = set(range(len(self.answers)))
+
+    def decode(self, logits: Tensor) -> None:
+        """Generate from the prompt's last logits (B, V) until every row and its twin are done."""
+        self._compare(0, logits)
+        tokens = self._choose(0, logits)
+        if self._twins:
+            self._cache.batch_repeat_interleave(2)
+            self._mask = self._mask.repeat_interleave(2, 0)
+        step = 1
+        while self._open or self._following(step):
+            logits = self._forward(self._fed(step, tokens))
+            self._compare(step, logits[1::2] if self._twins else logits)
+            tokens = self._choose(step, logits[::2] if self._twins else logits)
+            step += 1
+
+    def _choose(self, step: int, logits: Tensor) -> list[int]:
+        """Next tokens of the free rows; rows that end or are full are closed."""
+        if step < self._generation.min_new_tokens:
+            logits = logits.clone()
+            logits[:, self._stops] = -torch.inf
+        chosen: list[int] = logits.argmax(-1).tolist()
+        for row in sorted(self._open):
+            self._keep_reference(row, logits[row])
+            if chosen[row] in self._stops:
+                self._open.discard(row)
+                continue
+            self.answers[row].ids.append(chosen[row])
+            if len(self.answers[row].ids) >= self._generation.max_new_tokens:
+                self._open.discard(row)
+        return chosen
+
+    def _keep_reference(self, row: int, logits: Tensor) -> None:
+        kept = self.answers[row].log_probs
+        if self._references is None and len(kept) < REFERENCE_TOKENS:
+            kept.append(logits.float().log_softmax(-1))
+
+    def _compare(self, step: int, logits: Tensor) -> None:
+        """KL of every row at this step against its reference, if it has a position there."""
+        if self._references is None or (step and not self._twins):
+            return
+        logits = logits.clone()
+        if step < self._generation.min_new_tokens:
+            logits[:, self._stops] = -torch.inf
+        for row, reference in enumerate(self._references):
+            if step < len(reference.log_probs):
+                mine = logits[row].float().log_softmax(-1)
+                self.answers[row].divergences.append(_divergence(reference.log_probs[step], mine))
+
+    def _following(self, step: int) -> bool:
+        """Whether a twin has positions left to compare."""
+        references = self._references or ()
+        return self._twins and any(step < len(r.log_probs) for r in references)
+
+    def _fed(self, step: int, tokens: list[int]) -> list[int]:
+        """Input tokens of all rows for this step."""
+        if not self._twins:
+            return tokens
+        fed = []
+        for token, reference in zip(tokens, self._references or (), strict=True):
+            ids = reference.ids
+            fed += [token, ids[step - 1] if step <= len(ids) else token]
+        return fed
+
+    def _forward(self, tokens: list[int]) -> Tensor:
+        self._mask = torch.cat((self._mask, torch.ones_like(self._mask[:, :1])), 1)
+        ids = torch.tensor(tokens, device=self._mask.device)[:, None]
+        out = self._model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=_next_positions(self._model, self._mask),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+def _prefill(model: Any, inputs: ModelInputs, cache: Cache) -> Tensor:
+    """Logits (B, V) after the prompts."""
+    extra = {}
+    if not _multimodal_rope(model):
+        # Counted from each row's first token, so that padding doesn't move a row's keys.
+        extra["position_ids"] = (inputs.attention_mask.cumsum(1) - 1).clamp_min(0)
+    out = model(**inputs.kwargs(), **extra, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits: Tensor = out.logits[:, -1]
+    return logits
+
+
+def _next_positions(model: Any, mask: Tensor) -> Tensor:
+    """Position of the newest token of each row, (B, 1), or (3, B, 1) for M-RoPE."""
+    positions = mask.sum(1, keepdim=True) - 1
+    if not _multimodal_rope(model):
+        return positions
+    deltas = model.model.rope_deltas
+    deltas = deltas.repeat_interleave(mask.shape[0] // deltas.shape[0], 0)
+    return (positions + deltas.to(positions.device)).expand(3, -1, -1)
+
+
+def _multimodal_rope(model: Any) -> bool:
+    return hasattr(getattr(model, "model", None), "rope_deltas")
+
+
+def _divergence(reference: Tensor, mine: Tensor) -> float:
+    """KL(reference || mine) of two (V,) log-probability vectors, in nats."""
+    # A masked token is impossible in both; 0 · (-inf + inf) must count as nothing.
+    terms = reference.exp() * (reference - mine)
+    return max(float(terms[reference > -torch.inf].sum()), 0.0)
+
+
+def _stop_ids(model: Any) -> list[int]:
+    stops = model.generation_config.eos_token_id
+    if stops is None:
+        return []
+    return list(stops) if isinstance(stops, (list, tuple)) else [int(stops)]
+
+
+def _now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -1,0 +1,311 @@
+"""One batch of samples through every method, and the rows that come of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Protocol
+
+import kvbench
+from kvbench.errors import UserError
+from kvbench.evaluation.decode import Answer, Answers, Generation, answer
+from kvbench.evaluation.hardware import is_out_of_memory
+from kvbench.evaluation.progress import Progress
+from kvbench.evaluation.rows import SCHEMA, SampleRow, row_key
+from kvbench.evaluation.samples import Cell, Question, encoded
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from kvbench.cache import BoundMethod, Calibration
+    from kvbench.evaluation.choices import MethodChoice
+    from kvbench.models.inputs import ModelInputs
+    from kvbench.models.load import LoadedModel
+
+MILEBENCH_TOKENS, GENERATED_TOKENS = 512, 16
+"""Longest answer: MileBench's official number; generated tasks ask for a few words."""
+
+
+@dataclass(frozen=True)
+class PreparedMethod:
+    """A method bound to a model and a protocol; `bound` is None for a peer's own cache."""
+
+    spec: str
+    protocol: str
+    choice: MethodChoice
+    bound: BoundMethod | None
+    calibration: str
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedModel,
+        choice: MethodChoice,
+        protocol: str,
+        calibration: Calibration | None,
+    ) -> PreparedMethod:
+        """Bind a method.
+
+        Raises:
+            UserError: the method can't store this model's layers, or can't follow the protocol.
+        """
+        from kvbench.cache import ForeignCache, bind
+
+        method = choice.quantizer
+        if isinstance(method, ForeignCache):
+            method.cache(loaded.model, protocol)
+            return cls(choice.spec, protocol, choice, None, "")
+        needed = calibration if method.needs.statistics else None
+        bound = bind(
+            loaded.model,
+            method,
+            protocol=protocol,  # type: ignore[arg-type]
+            calibration=needed,
+            text_salient_layers=loaded.entry.tsa_layers,
+        )
+        return cls(choice.spec, protocol, choice, bound, _fingerprint(needed))
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether nothing is quantized: what every other method is held against."""
+        return self.bound is not None and not any(
+            side.codecs for q in self.bound.quantizers for side in (q.key, q.value)
+        )
+
+    @property
+    def storage(self) -> str:
+        """How the row's bytes are to be understood."""
+        return "packed" if self.bound else "foreign"
+
+    def new_cache(self, model: Any) -> Cache:
+        """An empty cache."""
+        if self.bound is not None:
+            return self.bound.new_cache()
+        return self.choice.quantizer.cache(model, self.protocol)  # type: ignore[attr-defined, no-any-return]
+
+    def nbytes(self, cache: Cache) -> int | None:
+        """Bytes of a peer's cache."""
+        return int(self.choice.quantizer.nbytes(cache)) if self.bound is None else None  # type: ignore[attr-defined]
+
+
+class Sink(Protocol):
+    """Where rows go."""
+
+    def has(self, key: str) -> bool:
+        """Whether a row needs no run."""
+
+    def append(self, row: SampleRow) -> bool:
+        """Keep a row."""
+
+
+class BatchRunner:
+    """Runs a batch of one task; hands over a row as soon as a method has answered.
+
+    `batch` is how many samples a full batch has: it is part of every row's identity.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cell: Cell,
+        methods: Sequence[PreparedMethod],
+        sink: Sink,
+        progress: Progress,
+        batch: int,
+        max_new_tokens: int | None,
+    ) -> None:
+        """Keep what every batch needs."""
+        self._loaded, self._cell, self._methods = loaded, cell, methods
+        self._store, self._progress, self._batch = sink, progress, batch
+        default = MILEBENCH_TOKENS if cell.dataset == "milebench" else GENERATED_TOKENS
+        self._generation = Generation(max_new_tokens or default)
+
+    def run(self, questions: Sequence[Question]) -> None:
+        """Answer what the store lacks of this batch."""
+        todo = {
+            index: [q for q in questions if not self._store.has(self._key(method, q))]
+            for index, method in enumerate(self._methods)
+        }
+        if not any(todo.values()):
+            return
+        for protocol in dict.fromkeys(method.protocol for method in self._methods):
+            references: dict[int, Answer] = {}
+            for index, method in enumerate(self._methods):
+                if method.protocol != protocol:
+                    continue
+                missing = todo[index]
+                if method.is_reference and not missing:
+                    others = [
+                        todo[i] for i, m in enumerate(self._methods) if m.protocol == protocol
+                    ]
+                    missing = [q for q in questions if any(q in some for some in others)]
+                if missing:
+                    self._answer(method, missing, references)
+
+    def _answer(
+        self,
+        method: PreparedMethod,
+        questions: Sequence[Question],
+        references: dict[int, Answer],
+    ) -> None:
+        ids = [question.sample.sample_id for question in questions]
+        known = [references[i] for i in ids] if all(i in references for i in ids) else None
+        try:
+            answers, inputs, size = self._generate(method, questions, known)
+        except Exception as error:
+            if isinstance(error, UserError) or not is_out_of_memory(error):
+                raise
+            for question in questions:
+                self._write(self._failed(method, question, "oom", str(error).splitlines()[0]))
+            return
+        if method.is_reference:
+            references.update(zip(ids, answers.rows, strict=True))
+        for place, question in enumerate(questions):
+            reference = None if known is None else known[place]
+            row = answers.rows[place]
+            seconds = {name: value / len(questions) for name, value in answers.seconds.items()}
+            tokens = inputs.prompt_tokens[place]
+            self._write(self._answered(method, question, row, reference, tokens, seconds, size))
+
+    def _generate(
+        self,
+        method: PreparedMethod,
+        questions: Sequence[Question],
+        references: Sequence[Answer] | None,
+    ) -> tuple[Answers, ModelInputs, int | None]:
+        inputs = encoded(self._loaded, questions)
+        model = self._loaded.model
+        cache = method.new_cache(model)
+        if method.is_reference:
+            references = None
+        answers = answer(model, inputs, cache, self._generation, references)
+        size = method.nbytes(cache)
+        return answers, inputs, None if size is None else size // len(questions)
+
+    def _key(self, method: PreparedMethod, question: Question) -> str:
+        return row_key(**self._identity(method, question))
+
+    def _identity(self, method: PreparedMethod, question: Question) -> dict[str, Any]:
+        """Everything that could change the answer."""
+        return {
+            "model": self._loaded.entry.name,
+            "revision": self._loaded.revision,
+            "dtype": str(self._loaded.model.dtype).removeprefix("torch."),
+            "method": method.spec,
+            "protocol": method.protocol,
+            "dataset": self._cell.dataset,
+            "task": self._cell.task.name,
+            "task_version": self._cell.task.version,
+            "sample_id": question.sample.sample_id,
+            "prompt_style": self._loaded.style.label,
+            "prompt_sha256": question.prompt_sha256,
+            "images_sha256": question.images_sha256,
+            "generation": self._generation.row(),
+            "calibration": method.calibration,
+            "batch": self._batch,
+            "version": kvbench.__version__,
+        }
+
+    def _answered(
+        self,
+        method: PreparedMethod,
+        question: Question,
+        row: Answer,
+        reference: Answer | None,
+        prompt_tokens: int,
+        seconds: dict[str, float],
+        foreign_bytes: int | None,
+    ) -> SampleRow:
+        text = self._text(row)
+        score = question.score(text)
+        usage = row.usage
+        return self._row(
+            method,
+            question,
+            status="ok",
+            answer=text,
+            extracted=score.extracted,
+            correct=score.correct,
+            strict=score.strict,
+            empty=score.empty,
+            unparsable=score.unparsable,
+            prompt_tokens=prompt_tokens,
+            generated_tokens=len(row.ids),
+            cache_bytes=usage.nbytes if usage else foreign_bytes,
+            bits_per_element=usage.bits_per_element if usage else None,
+            packed_tokens_read=usage.packed_tokens_read if usage else None,
+            kl_first=row.divergences[0] if row.divergences else None,
+            kl_mean=_mean_divergence(row, reference),
+            agrees=None if reference is None else text == self._text(reference),
+            seconds=seconds,
+        )
+
+    def _failed(
+        self, method: PreparedMethod, question: Question, status: str, error: str
+    ) -> SampleRow:
+        return self._row(method, question, status=status, error=error)
+
+    def _row(self, method: PreparedMethod, question: Question, **values: Any) -> SampleRow:
+        identity = self._identity(method, question)
+        empty = dict.fromkeys(_OPTIONAL)
+        counts: dict[str, Any] = {"prompt_tokens": 0, "generated_tokens": 0, "seconds": {}}
+        return SampleRow(
+            **{
+                "schema": SCHEMA,
+                "key": row_key(**identity),
+                "storage": method.storage,
+                "images_kept": len(question.prompt.images),
+                "images_total": question.prompt.images_total,
+                "truncated": question.prompt.truncated,
+                **identity,
+                **empty,
+                **counts,
+                **values,
+            }
+        )
+
+    def _text(self, row: Answer) -> str:
+        decoded: str = self._loaded.tokenizer.decode(row.ids, skip_special_tokens=True)
+        return decoded.strip()
+
+    def _write(self, row: SampleRow) -> None:
+        if not self._store.has(row.key):
+            self._store.append(row)
+            self._progress.advance()
+
+
+_OPTIONAL = (
+    "error",
+    "answer",
+    "extracted",
+    "correct",
+    "strict",
+    "empty",
+    "unparsable",
+    "cache_bytes",
+    "bits_per_element",
+    "packed_tokens_read",
+    "kl_first",
+    "kl_mean",
+    "agrees",
+)
+
+
+def _mean_divergence(row: Answer, reference: Answer | None) -> float | None:
+    """Mean over the reference's positions, if all of them were compared."""
+    if reference is None or len(row.divergences) < len(reference.log_probs):
+        return None
+    return fmean(row.divergences) if row.divergences else None
+
+
+def _fingerprint(calibration: Calibration | None) -> str:
+    """Twelve hex digits of a calibration's numbers and origin."""
+    if calibration is None:
+        return ""
+    digest = hashlib.sha256(json.dumps(dict(calibration.manifest), sort_keys=True).encode())
+    for name in sorted(calibration.statistics):
+        digest.update(calibration.statistics[name].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,116 @@
+"""From a task's folder to model inputs: which samples, their prompts, their images."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvbench.registry import TASKS
+
+if TYPE_CHECKING:
+    from kvbench.models.inputs import ModelInputs
+    from kvbench.models.load import LoadedModel
+    from kvbench.tasks.base import Prompt, Sample, Score, Task
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The samples of one task that a run scores."""
+
+    task: Task
+    dataset: str
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One sample as one model is asked it."""
+
+    task: Task
+    sample: Sample
+    prompt: Prompt
+    text: str
+    prompt_sha256: str
+    images_sha256: str
+
+    def score(self, answer: str) -> Score:
+        """Score a decoded answer by the task's rules."""
+        return self.task.score(self.sample, answer)
+
+
+class _Tokens:
+    """A tokenizer without special tokens, as prompt building wants it."""
+
+    def __init__(self, tokenizer: object) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))  # type: ignore[attr-defined]
+
+
+def read_cell(name: str, root: Path | None, limit: int | None, seed: int) -> Cell:
+    """Read a task, from its bundled data if no root is given, and choose the samples.
+
+    Raises:
+        UserError: the data are missing or not as they should be.
+    """
+    from kvbench.tasks.base import dataset_name
+
+    task = TASKS.get(name)
+    folder = root or task.default_root()
+    samples = task.load(folder).samples
+    if limit is not None and limit < len(samples):
+        chosen = sorted(random.Random(f"{seed}/{name}").sample(range(len(samples)), limit))
+        samples = tuple(samples[index] for index in chosen)
+    return Cell(task, dataset_name(folder), samples)
+
+
+def ask(loaded: LoadedModel, task: Task, sample: Sample) -> Question:
+    """Build a sample's prompt for a model.
+
+    Raises:
+        UserError: the instruction alone fills the model's context, or an image can't be read.
+    """
+    entry = loaded.entry
+    tokens = _Tokens(loaded.tokenizer)
+    prompt = task.prompt(sample, tokens, entry.max_context_len, entry.tokens_per_image)
+    text = task.user_turn(prompt)
+    full = hashlib.sha256(loaded.style.render(text).encode()).hexdigest()
+    return Question(task, sample, prompt, text, full, _images_hash(prompt.images))
+
+
+def encoded(loaded: LoadedModel, questions: Sequence[Question]) -> ModelInputs:
+    """Open the images and encode the prompts as one batch.
+
+    Raises:
+        UserError: an image is broken, or a prompt is longer than the model.
+    """
+    from kvbench.models.inputs import batch, encode
+    from kvbench.tasks.milebench.images import open_image
+
+    inputs = [
+        encode(
+            loaded,
+            question.text,
+            [open_image(path) for path in question.prompt.images],
+            where=f"sample {question.sample.sample_id} of {question.task.folder}",
+        )
+        for question in questions
+    ]
+    pad = loaded.tokenizer.pad_token_id
+    return batch(inputs, 0 if pad is None else int(pad))
+
+
+def _images_hash(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        content = path.read_bytes()
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()

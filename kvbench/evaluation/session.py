@@ -1,0 +1,151 @@
+"""What one process needs to run any batch of a grid: models, methods and tasks, each made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from kvbench.errors import UserError
+from kvbench.evaluation.calibration import calibration_file, statistics_of
+from kvbench.evaluation.hardware import load
+from kvbench.evaluation.progress import Progress
+from kvbench.evaluation.request import EvalRequest
+from kvbench.evaluation.runner import BatchRunner, PreparedMethod, Sink
+from kvbench.evaluation.samples import Cell, ask, read_cell
+
+if TYPE_CHECKING:
+    from kvbench.cache import Calibration
+    from kvbench.evaluation.choices import MethodChoice
+    from kvbench.models.load import LoadedModel
+    from kvbench.models.vision import FeatureMemo
+
+
+@dataclass(frozen=True)
+class Job:
+    """Samples start to stop of a task, for one model of the request: the smallest unit of work."""
+
+    model: int
+    task: str
+    start: int
+    stop: int
+
+
+class Session:
+    """Runs jobs of one request in this process; loads a model when its first job comes."""
+
+    def __init__(self, request: EvalRequest, sink: Sink, progress: Progress) -> None:
+        """Nothing is loaded yet."""
+        self.request, self._sink, self._progress = request, sink, progress
+        self._model = -1
+        self._cells: dict[str, Cell] = {}
+
+    def cell(self, task: str) -> Cell:
+        """The chosen samples of a task.
+
+        Raises:
+            UserError: the data are missing or not as they should be.
+        """
+        if task not in self._cells:
+            request = self.request
+            self._cells[task] = read_cell(task, request.data_root, request.limit, request.seed)
+        return self._cells[task]
+
+    def jobs(self) -> list[Job]:
+        """The whole grid in batches, model by model."""
+        size = self.request.batch
+        return [
+            Job(model, task, start, min(start + size, len(self.cell(task).samples)))
+            for model in range(len(self.request.models))
+            for task in self.request.tasks
+            for start in range(0, len(self.cell(task).samples), size)
+        ]
+
+    def run(self, job: Job) -> None:
+        """Answer what the sink lacks of one batch.
+
+        Raises:
+            UserError: a model, a method or an image can't be used.
+        """
+        if job.model != self._model:
+            self._load(job.model)
+        cell = self.cell(job.task)
+        self._progress.cell(f"{self._loaded.entry.name} · {cell.task.label}")
+        runner = BatchRunner(
+            self._loaded,
+            cell,
+            self._prepared,
+            self._sink,
+            self._progress,
+            self.request.batch,
+            self.request.max_new_tokens,
+        )
+        samples = cell.samples[job.start : job.stop]
+        runner.run([ask(self._loaded, cell.task, sample) for sample in samples])
+        self._vision.forget()
+
+    def _load(self, index: int) -> None:
+        from kvbench.models.vision import shared_vision
+
+        self._loaded = load(self.request.models[index], self.request.device, self.request.dtype)
+        statistics = calibration(self._loaded, self.request, self._progress)
+        # The 16-bit cache answers first: the others are measured against its answer.
+        self._prepared = sorted(self._methods(statistics), key=lambda method: not method.is_reference)
+        # For the life of the process: a model is never used by anyone else here.
+        self._vision: FeatureMemo = shared_vision(self._loaded.model).__enter__()
+        self._model = index
+
+    def _methods(self, statistics: Calibration | None) -> Iterator[PreparedMethod]:
+        """Methods ready for the model; peers that can't run here are told of and left out."""
+        for protocol in self.request.protocols:
+            for choice in self.request.methods:
+                try:
+                    yield PreparedMethod.of(self._loaded, choice, protocol, statistics)
+                except UserError as error:
+                    if not _is_peer(choice):
+                        raise
+                    self._progress.note(f"{choice.spec} is left out under {protocol}: {error}")
+
+
+def calibration(
+    loaded: LoadedModel, request: EvalRequest, progress: Progress
+) -> Calibration | None:
+    """Statistics from the folder the user gave, else made once on data that no task scores.
+
+    Raises:
+        UserError: they belong to another revision of the model, or can't be read.
+    """
+    needing = [c.spec for c in request.methods if not _is_peer(c) and c.quantizer.needs.statistics]
+    if not needing:
+        return None
+    from kvbench.cache import load_calibration, save_calibration
+
+    path = calibration_file(request.calibration or request.out / "calibration", loaded)
+    if request.calibration is None and not path.exists():
+        progress.note(
+            f"calibrating {loaded.entry.name} for {', '.join(needing)} on "
+            f"{request.calibration_samples} samples of minimile's calibration split, "
+            "which no task scores"
+        )
+        # Kept beside the rows: a run that goes on must store the same codes.
+        save_calibration(statistics_of(loaded, request.calibration_samples, request.seed), path)
+    statistics = load_calibration(path)
+    made_for = statistics.manifest.get("revision")
+    if made_for != loaded.revision:
+        raise UserError(
+            f"the calibration {path} was made for revision {made_for} of {loaded.entry.name}, not "
+            f"{loaded.revision}; calibrate again or use another folder."
+        )
+    return statistics
+
+
+@cache
+def _peer_class() -> type:
+    from kvbench.cache import ForeignCache
+
+    return ForeignCache
+
+
+def _is_peer(choice: MethodChoice) -> bool:
+    return isinstance(choice.quantizer, _peer_class())

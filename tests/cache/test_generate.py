@@ -1,0 +1,61 @@
+"""transformers' generate with a quantized cache: every family, decoding strategy and protocol."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvbench import quantized_cache
+from kvbench.errors import UserError
+
+PROTOCOLS = ("quantized_prefill", "exact_prefill")
+FAMILIES = (
+    "llama",
+    "llama_mha_bias",
+    "mistral_window",
+    "qwen2_mixed_windows",
+    "qwen2_vl_text",
+    "qwen2_vl",
+    "llava",
+    "llava_next",
+)
+STRATEGIES = {
+    "greedy": {},
+    "sampling": dict(do_sample=True, temperature=0.8, top_k=20),
+    "beams": dict(num_beams=3),
+    "beam_sampling": dict(num_beams=2, do_sample=True),
+    "several_answers": dict(do_sample=True, num_return_sequences=2),
+}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp16_equals_the_dynamic_cache(
+    case, greedy, distance, family: str, strategy: str, protocol: str
+) -> None:
+    given, options = case(family), STRATEGIES[strategy]
+    cache = quantized_cache(given.model, "fp16", protocol=protocol)
+    mine = greedy(given.model, given.inputs, cache, **options)
+    reference = greedy(given.model, given.inputs, DynamicCache(config=given.model.config), **options)
+    assert torch.equal(mine.sequences, reference.sequences)
+    assert distance(mine, reference) < 2e-5
+    assert cache.packed_tokens_read == 0
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "method",
+    ["rtn_int2_wht", "akvq_vl[recent=8]", "kivi[residual=16,group_size=8]", "skvq[reorder=false,window=8]"],
+)
+def test_transforms_and_rope_are_exact_when_nothing_is_quantized(
+    case, exactly, greedy, distance, method: str, family: str, protocol: str
+) -> None:
+    given = case(family)
+    cache = quantized_cache(given.model, exactly(method), protocol=protocol)
+    mine = greedy(given.model, given.inputs, cache)
+    reference = greedy(given.model, given.inputs, DynamicCache(config=given.model.config))
+    assert torch.equal(mine.sequences, reference.sequences)
+    assert distance(mine, reference) < 1e-3
