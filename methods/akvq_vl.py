@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from kvbench.cache import (
@@ -22,6 +21,7 @@ from kvbench.cache import (
     Sliding,
     Tokens,
     Uniform,
+    check_fields,
     filled,
 )
 from kvbench.errors import UserError
@@ -80,7 +80,11 @@ class PivotSalient:
         """Indices of pivots among (n, hidden) magnitudes."""
         if self.detector == "elements":
             count = min(self.count, magnitude.numel())
-            return magnitude.flatten().topk(count).indices.div(magnitude.shape[1], rounding_mode="floor")
+            return (
+                magnitude.flatten()
+                .topk(count)
+                .indices.div(magnitude.shape[1], rounding_mode="floor")
+            )
         peak = magnitude.amax(1)
         order = peak.argsort(descending=True, stable=True)[: self.count]
         if self.detector == "threshold":
@@ -90,11 +94,11 @@ class PivotSalient:
 
 @dataclass(frozen=True)
 class AKVQVL:
-    """Text at 4 bits in text-salient layers, pivots exact elsewhere, recent tokens exact, rest 2 bits.
+    """Text at 4 bits in text-salient layers, pivots exact elsewhere, recent exact, rest 2 bits.
 
     Where the paper is silent: pivots are searched in the prompt only, at the input of each layer
-    without text salience; clipping multiplies both ends of the range; the zero point is not clamped;
-    the window counts the token being decoded. The alternatives are fields.
+    without text salience; clipping multiplies both ends of the range; the zero point is not
+    clamped; the window counts the token being decoded. The alternatives are fields.
     """
 
     label: ClassVar[str] = "AKVQ-VL"
@@ -123,8 +127,11 @@ class AKVQVL:
         Raises:
             UserError: a negative count, or two codecs for the same bits.
         """
+        check_fields(self)
         if self.pivots < 0 or self.group_size < 1:
-            raise UserError("AKVQ-VL's pivots can't be negative and its group size must be positive.")
+            raise UserError(
+                "AKVQ-VL's pivots can't be negative and its group size must be positive."
+            )
         if self.bits == self.text_bits:
             raise UserError("AKVQ-VL's text_bits must differ from its bits.")
 

@@ -16,6 +16,7 @@ from kvbench.cache import (
     Side,
     Sliding,
     Uniform,
+    check_fields,
 )
 from kvbench.errors import UserError
 
@@ -25,9 +26,9 @@ class KIVI:
     """Keys in groups of tokens of one channel, values in groups of channels of one token.
 
     Exact tokens: the last `length mod residual` keys and the last `residual` values, besides the
-    token being decoded. `prompt_residual=False` keeps prompt tokens exact only where they don't fill
-    a group of keys. Deviation from the official code: a constant channel is stored exactly instead of
-    becoming NaN, and padding never enters a group.
+    token being decoded. `prompt_residual=False` keeps prompt tokens exact only where they don't
+    fill a group of keys. Deviations from the official code: a constant channel is stored exactly
+    instead of becoming NaN, and padding never enters a group.
     """
 
     label: ClassVar[str] = "KIVI"
@@ -45,6 +46,7 @@ class KIVI:
         Raises:
             UserError: groups of keys would straddle a flush.
         """
+        check_fields(self)
         if self.group_size < 1 or self.residual % self.group_size:
             raise UserError(
                 f"KIVI's residual ({self.residual}) must be a multiple of its group size "
@@ -56,7 +58,9 @@ class KIVI:
         along_tokens = Affine(self.bits, self.group_size, along="tokens", zero="float")
         along_channels = Affine(self.bits, min(self.group_size, spec.head_dim), zero="float")
         prompt_block = None if self.prompt_residual else self.group_size
-        key = Side({self.bits: along_tokens}, window=Residual(self.residual, prompt_block=prompt_block))
+        key = Side(
+            {self.bits: along_tokens}, window=Residual(self.residual, prompt_block=prompt_block)
+        )
         window = Sliding(self.residual, counts_current=False, prompt=self.prompt_residual)
         value = Side({self.bits: along_channels}, window=window)
         return LayerQuantizer(key, value, Uniform(self.bits))

@@ -17,7 +17,9 @@ from kvbench.cache import (
     Side,
     Transform,
     Uniform,
+    check_fields,
 )
+from kvbench.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class RTN:
     clip: float = 1.0
     hadamard: bool = False
     group_over_heads: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: a value of another kind, or two transforms at once.
+        """
+        check_fields(self)
+        if self.hadamard and self.group_over_heads:
+            raise UserError("RTN can rotate heads or group over them, not both.")
 
     def layer(self, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
         """One codec for keys and values."""

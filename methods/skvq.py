@@ -22,6 +22,7 @@ from kvbench.cache import (
     Side,
     Sliding,
     Uniform,
+    check_fields,
 )
 from kvbench.errors import UserError
 
@@ -30,8 +31,8 @@ from kvbench.errors import UserError
 class SKVQ:
     """Per token over all heads, groups of uneven size found by k-means on (min, max) of a channel.
 
-    Keys are stored before RoPE. The paper searches the clip ratio a group; the released code uses one
-    number, as here. Deviations from that code: real packing instead of simulation, codes computed
+    Keys are stored before RoPE. The paper searches the clip ratio a group; the released code uses
+    one number, as here. Deviations from that code: real packing instead of simulation, codes computed
     with the metadata as stored, positions of each token under padding and M-RoPE.
     """
 
@@ -58,10 +59,13 @@ class SKVQ:
         """Validate.
 
         Raises:
-            UserError: a negative count.
+            UserError: a negative count or seed.
         """
-        if self.sinks < 0 or self.group_size < 1:
-            raise UserError("SKVQ's sinks can't be negative and its group size must be positive.")
+        check_fields(self)
+        if self.sinks < 0 or self.seed < 0 or self.group_size < 1:
+            raise UserError(
+                "SKVQ's sinks and seed can't be negative and its group size must be positive."
+            )
 
     def layer(self, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
         """Reordered groups over all heads."""
@@ -73,7 +77,10 @@ class SKVQ:
     def _side(self, spec: LayerSpec, calibration: Calibration | None, name: str) -> Side:
         channels = spec.num_kv_heads * spec.head_dim
         size = min(self.group_size, channels)
-        order, group = None, (size,) * (channels // size) + ((channels % size,) * bool(channels % size))
+        order, group = (
+            None,
+            (size,) * (channels // size) + ((channels % size,) * bool(channels % size)),
+        )
         if self.reorder and calibration is not None:
             low, high = (calibration.of(f"{name}_{end}", spec.index) for end in ("min", "max"))
             order, group = _clusters(low.flatten(), high.flatten(), -(-channels // size), self.seed)

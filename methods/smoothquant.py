@@ -1,4 +1,4 @@
-"""SmoothQuant's channel scaling applied to cached keys and values (arXiv 2211.10438; AKVQ-VL, IV-A3)."""
+"""SmoothQuant's channel scaling on cached keys and values (arXiv 2211.10438; AKVQ-VL, IV-A3)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kvbench.cache import (
     Needs,
     Side,
     Uniform,
+    check_fields,
 )
 from kvbench.errors import UserError
 
@@ -27,10 +28,11 @@ _FLOOR = 1e-5
 class SmoothQuant:
     """Each channel is divided by s before round-to-nearest, and the other factor multiplied by it.
 
-    Keys: s = absmax|K|^alpha / absmax|Q|^(1-alpha); values: s = absmax|V|^alpha / max|W_O|^(1-alpha),
-    factors and s floored at 1e-5 as in the official code. The official method never touches the
-    cache; this is the pairing that SKVQ's code uses for it, without its two defects (keys multiplied
-    instead of divided; every layer scaled by the last layer's statistic).
+    Keys: s = absmax|K|^alpha / absmax|Q|^(1-alpha); values: s = absmax|V|^alpha /
+    max|W_O|^(1-alpha); factors and s are floored at 1e-5 as in the official code. The official
+    method never touches the cache; this is the pairing that SKVQ's code uses for it, without its
+    two defects (keys multiplied instead of divided; every layer scaled by the last layer's
+    statistic).
     """
 
     label: ClassVar[str] = "SmoothQuant"
@@ -50,6 +52,7 @@ class SmoothQuant:
         Raises:
             UserError: alpha outside [0, 1].
         """
+        check_fields(self)
         if not 0.0 <= self.alpha <= 1.0:
             raise UserError(f"SmoothQuant's alpha must lie in [0, 1], not {self.alpha}.")
 

@@ -9,7 +9,6 @@ import sys
 import tomllib
 import zipfile
 from fnmatch import fnmatch
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest

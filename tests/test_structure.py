@@ -34,7 +34,7 @@ ALLOWED = {
 # them; an evaluation knows the contract of tasks, and the data that it takes when given none.
 SEES = {
     ("report", "evaluation"): {"files", "rows", "statistics", "store"},
-    ("evaluation", "tasks"): {"base", "minimile"},
+    ("evaluation", "tasks"): {"base", "images", "minimile"},
 }
 
 

@@ -19,6 +19,7 @@ from kvbench.cache.contract import (
     Transform,
     Window,
 )
+from kvbench.cache.fields import check_fields
 from kvbench.cache.folding import folded_values
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.observers import observing
@@ -62,6 +63,7 @@ __all__ = [
     "Window",
     "bind",
     "calibrate_statistics",
+    "check_fields",
     "filled",
     "folded_values",
     "load_calibration",

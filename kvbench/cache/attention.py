@@ -1,4 +1,4 @@
-"""The attention function that reads a quantized cache, registered with transformers as "kvbench"."""
+"""The attention function that reads a quantized cache, known to transformers as "kvbench"."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def attend(
     scaling: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Grouped-query attention: (B, Hq, n, D) on (B, H, T, D); visible is (B, 1, n, T) bool or None."""
+    """Attention of (B, Hq, n, D) on (B, H, T, D); visible is (B, 1, n, T) bool or None (all)."""
     rows, heads, new, width = query.shape
     groups = heads // keys.shape[1]
     if visible is not None:
@@ -77,7 +77,7 @@ def attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query (B, Hq, n, D) after RoPE to (B, n, Hq, D).
+    """The attention interface of transformers: query (B, Hq, n, D) after RoPE to (B, n, Hq, D).
 
     Plain tensors (vision towers, other caches) take transformers' sdpa.
     """

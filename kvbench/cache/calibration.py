@@ -1,4 +1,4 @@
-"""Per-channel statistics of keys, values and queries, collected by running prompts through a model."""
+"""Per-channel statistics of keys, values and queries, collected by running prompts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,12 @@ class _StatisticsLayer(CacheLayerMixin):  # type: ignore[misc]
         return step, step
 
     def attend(
-        self, module: nn.Module, query: Tensor, step: StoredStates, mask: Tensor | None, **options: Any
+        self,
+        module: nn.Module,
+        query: Tensor,
+        step: StoredStates,
+        mask: Tensor | None,
+        **options: Any,
     ) -> Tensor:
         heads = self.spec.num_kv_heads
         valid = self.observed.valid
@@ -157,8 +162,8 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in calibration.statistics.items()}
         save_file(tensors, path, metadata={"manifest": json.dumps(dict(calibration.manifest))})
-    except OSError as error:
-        raise UserError(f"calibration can't be written to {path}: {error.strerror}.") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"calibration can't be written to {path}: {error}.") from error
 
 
 def load_calibration(path: Path) -> Calibration:
@@ -173,6 +178,8 @@ def load_calibration(path: Path) -> Calibration:
             manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"no calibration can be read from {path}: {error}.") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"no calibration can be read from {path}: its manifest is no JSON object.")
     if missing := set(STATISTICS) - set(statistics):
         raise UserError(f"the calibration in {path} lacks {', '.join(sorted(missing))}.")
     return Calibration(statistics, manifest)

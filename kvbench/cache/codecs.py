@@ -1,7 +1,8 @@
-"""Group quantizers F1, F2 and F4: asymmetric with a float offset or an integer zero point, symmetric.
+"""Group quantizers: asymmetric with a float offset or an integer zero point, and symmetric.
 
 Codes are computed with the metadata as stored (rounded to float16), so decoding is consistent.
-A group whose range is negligible against its magnitude is stored as one constant; NaN never comes out.
+A group whose range is negligible against its magnitude is stored as one constant; there is never a
+NaN.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.contract import Packed
+from kvbench.cache.fields import check_fields
 from kvbench.cache.packing import check_packable, pack, unpack
 from kvbench.errors import UserError
 
 Zero = Literal["int", "float", "symmetric"]
 ClipMode = Literal["scale", "midpoint"]
 _HALF_MAX = 65504.0
-_CONSTANT = 2.0**-15
-"""Steps smaller than this share of the largest magnitude are a constant group: an int16 zero point
-(and float16's own resolution) can't tell its values apart."""
+_HALF_TINY = 2.0**-24
+_HUGE = 2.0**120  # sums and differences of numbers below it are finite in float32
+_ZERO_MAX = 32000.0
+"""Steps between an integer zero point and the smallest value: with float16's rounding it fits int16.
+A narrower group far from zero gets wider steps, still finer than float16's own."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class Affine:
     """Round-to-nearest in groups, per token (along channels) or per channel (along tokens).
 
     zero="int" is F2, AKVQ-VL eq. 3-6 (float16 scale, int16 zero point, not clamped to the codes);
-    zero="float" is F1, KIVI and SKVQ (float16 scale and minimum); zero="symmetric" is F4, SmoothQuant
-    (float16 scale alone). `group` is a number of neighbours, or the sizes of uneven channel groups.
+    zero="float" is F1, KIVI and SKVQ (float16 scale and minimum); zero="symmetric" is F4,
+    SmoothQuant     (float16 scale alone). `group` is a number of neighbours, or the sizes of uneven channel groups.
     `clip` multiplies both ends of the range ("scale") or shrinks it about its middle ("midpoint").
     `metadata` "fp8" stores scale and minimum as float8 e4m3 (zero="float" only).
     """
@@ -71,8 +75,9 @@ class Affine:
         """Validate.
 
         Raises:
-            UserError: a value is out of range.
+            UserError: a value is out of range or of another kind.
         """
+        check_fields(self)
         if not 0.0 < self.clip <= 1.0:
             raise UserError(f"clip must lie in (0, 1], not {self.clip}.")
         if isinstance(self.group, int) and self.group < 1:
@@ -93,8 +98,8 @@ class Affine:
         sizes = self.group
         if isinstance(sizes, int) and channels % sizes:
             raise UserError(
-                f"{channels} channels can't be cut into groups of {sizes}; choose a group size that "
-                "divides them."
+                f"{channels} channels can't be cut into groups of {sizes}; choose a group size "
+                "that divides them."
             )
         if not isinstance(sizes, int) and sum(sizes) != channels:
             raise UserError(f"groups of {sum(sizes)} channels don't cover {channels} channels.")
@@ -115,6 +120,8 @@ class Affine:
         codes = self._codes(x.float(), [self._spread(m, x.shape) for m in meta])
         if self.along == "tokens":
             codes = codes.unflatten(2, (-1, self.block))
+        if self.metadata == "fp8":
+            meta = tuple(m.view(torch.uint8) for m in meta)  # few operations know float8
         return pack(codes, self.bits), *meta
 
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -122,7 +129,10 @@ class Affine:
         codes = unpack(packed[0], self.bits)
         if self.along == "tokens":
             codes = codes.flatten(2, 3)
-        scale, *offset = (self._spread(m, codes.shape) for m in packed[1:])
+        meta = packed[1:]
+        if self.metadata == "fp8":
+            meta = tuple(m.view(torch.float8_e4m3fn) for m in meta)
+        scale, *offset = (self._spread(m, codes.shape) for m in meta)
         steps = codes.to(scale.dtype)
         if self.zero == "symmetric":
             return (scale * (steps - 2 ** (self.bits - 1))).to(dtype)
@@ -153,7 +163,7 @@ class Affine:
         return low, empty.scatter_reduce(-1, index, x, "amax", include_self=False)
 
     def _spread(self, meta: Tensor, shape: torch.Size) -> Tensor:
-        """Metadata of groups in float32, one value for each element of (B, H, n, C) or broadcastable."""
+        """Metadata of groups in float32, broadcastable to the elements (B, H, n, C)."""
         meta = meta.float()
         if self.along == "tokens":
             return meta.repeat_interleave(self.block, 2)
@@ -162,21 +172,21 @@ class Affine:
         return meta[..., self._group_of_channel.to(meta.device)]
 
     def _metadata(self, ends: tuple[Tensor, Tensor]) -> Packed:
-        low, high = ends
-        largest = torch.maximum(low.abs(), high.abs())
+        low, high = (end.clamp(-_HUGE, _HUGE) for end in ends)
         if self.zero == "symmetric":
+            largest = torch.maximum(low.abs(), high.abs())
             # SmoothQuant floors absmax at 1e-5; a zero group must decode to zero all the same.
             step = largest.clamp_min(1e-5) * self.clip / max(2 ** (self.bits - 1) - 1, 1)
-            return (step.clamp_max(_HALF_MAX).half(),)
+            return (step.clamp(_HALF_TINY, _HALF_MAX).half(),)
         clipped_low, clipped_high = self._clipped(low, high)
-        scale = ((clipped_high - clipped_low) / self._levels).clamp_max(_HALF_MAX)
-        scale = self._rounded(scale).float()
-        constant = scale <= largest * _CONSTANT
-        middle = (low + high) / 2
+        scale = self._rounded((clipped_high - clipped_low) / self._levels).float()
+        constant = scale == 0
+        middle = ((low + high) / 2).clamp(-_HALF_MAX, _HALF_MAX)
         if self.zero == "float":
             scale = scale.masked_fill(constant, 1.0)
             offset = torch.where(constant, middle, clipped_low)
             return self._rounded(scale), self._rounded(offset)
+        scale = torch.maximum(scale, clipped_low.abs() / _ZERO_MAX)
         return self._integer_metadata(scale, clipped_low, middle.half().float(), constant)
 
     def _integer_metadata(
@@ -184,9 +194,9 @@ class Affine:
     ) -> Packed:
         """A constant v is scale |v|, zero point -sign(v), code 0."""
         size = torch.where(middle == 0, 1.0, middle.abs())
-        scale = torch.where(constant, size, scale)
-        zero = torch.where(constant, -middle.sign(), torch.round(-low / scale))
-        return scale.half(), zero.clamp(-32768, 32767).to(torch.int16)
+        scale = torch.where(constant, size, scale).clamp_max(_HALF_MAX).half()
+        zero = torch.where(constant, -middle.sign(), torch.round(-low / scale.float()))
+        return scale, zero.clamp(-32768, 32767).to(torch.int16)
 
     def _clipped(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if self.clip_mode == "scale":
@@ -197,7 +207,7 @@ class Affine:
     def _rounded(self, meta: Tensor) -> Tensor:
         if self.metadata == "fp8":
             return meta.clamp(-448, 448).to(torch.float8_e4m3fn)
-        return meta.half()
+        return meta.clamp(-_HALF_MAX, _HALF_MAX).half()
 
     def _codes(self, x: Tensor, meta: list[Tensor]) -> Tensor:
         scale = meta[0]

@@ -24,7 +24,7 @@ Packed = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One attention layer of the model: what a method may look at when it decides how to store it."""
+    """One attention layer: what a method may look at when it decides how to store it."""
 
     index: int
     num_layers: int
@@ -60,7 +60,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Per-layer statistics of one model: name -> (layers, ...) float32, and where they come from."""
+    """Statistics of one model: name -> (layers, ...) float32, and where they come from."""
 
     statistics: Mapping[str, Tensor]
     manifest: Mapping[str, str] = field(default_factory=dict)
@@ -73,8 +73,8 @@ class Calibration:
 class Transform:
     """An invertible change of basis of one side; the identity unless overridden.
 
-    Attention stays exact when nothing is quantized: for keys
-    attend(q) · read(store(k)) = q · k, for values attend(softmax(..) · read(store(v))) = softmax(..) · v.
+    Attention stays exact when nothing is quantized. For keys: attend(q) · read(store(k)) = q · k.
+    For values, with attention weights p: attend(p · read(store(v))) = p · v.
     """
 
     def store(self, x: Tensor) -> Tensor:

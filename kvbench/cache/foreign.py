@@ -16,6 +16,9 @@ class ForeignCache(Protocol):
 
     label: ClassVar[str]
     paper: ClassVar[str]
+    splits_prompt: ClassVar[bool]
+    """Whether the cache hands a prompt back unquantized, so that the prompt's last token must come
+    in a call of its own for the first answer token to be computed from stored states."""
 
     def cache(self, model: nn.Module, protocol: Protocols) -> Cache:
         """A fresh cache.

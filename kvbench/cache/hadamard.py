@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from scipy.linalg import hadamard as sylvester
@@ -45,7 +45,7 @@ def _paley(order: int) -> Tensor | None:
 
 
 def _kronecker(order: int) -> Tensor | None:
-    """Sylvester matrix, or the smallest Paley matrix times the largest possible Sylvester matrix."""
+    """Sylvester's matrix, or the smallest Paley matrix times the largest possible Sylvester."""
     two = order & -order
     while two >= 1:
         odd_part = order // two
@@ -65,8 +65,10 @@ def rotation(order: int, kind: Rotation = "hadamard", seed: int = 0) -> Tensor:
     diagonal; "random" is a seeded uniform rotation.
 
     Raises:
-        UserError: no Hadamard matrix of this order is known here.
+        UserError: no Hadamard matrix of this order is known here, or no such kind of rotation.
     """
+    if kind not in get_args(Rotation):
+        raise UserError(f"unknown rotation {kind!r}; use one of {get_args(Rotation)}.")
     if kind == "random":
         noise = torch.randn(order, order, generator=torch.Generator().manual_seed(seed)).double()
         q, r = torch.linalg.qr(noise)

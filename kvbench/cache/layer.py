@@ -43,6 +43,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Tokens that attention took from segments below 16 bits, for each row."""
         self._seen = 0
         self._keeps_slots = self.is_sliding or quantizer.key.pre_rope
+        # Keys and values of a token meet by their order, which mixed precision would change.
+        self._chronological = quantizer.key.window != quantizer.value.window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the storage for this many rows."""
@@ -77,7 +79,13 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         softcap: float | None = None,
         **options: Any,
     ) -> Tensor:
-        """Attention output (B, Hq, n, D) for this step's queries, then the windows settle."""
+        """Attention output (B, Hq, n, D) for this step's queries, then the windows settle.
+
+        Raises:
+            UserError: the model's attention has sinks of its own.
+        """
+        if options.get("s_aux") is not None:
+            raise UserError("attention with learned sinks (GPT-OSS) can't read a quantized cache.")
         if self._exact_prompt(query.shape[2]):
             out = self._attend_exactly(
                 module, query, step, attention_mask, scaling=scaling, softcap=softcap, **options
@@ -178,6 +186,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _store(self, keys: Tensor, values: Tensor, tokens: Tokens) -> None:
         plan, new = self.quantizer.plan, keys.shape[2]
         bits = plan.generated(tokens) if self._seen else plan.prompt(tokens)
+        if self._chronological and bits.unique().numel() > 1:
+            raise UserError("keys and values of mixed precision must share their window.")
         counts: Lengths = tuple(tokens.valid.sum(1).tolist())
         bits_of = left_aligned(bits.cpu()[:, None], tokens.valid, counts)
         valid = tokens.valid.to(keys.device, non_blocking=True)
@@ -190,7 +200,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
             mine = slots if store is self.key_store else None
             store.append(left_aligned(stored, valid, counts), bits_of, mine)
             window = store.side.window
-            if new > 1 or window is None or window.counts_current:
+            if new > 1 or not self._seen or window is None or window.counts_current:
                 store.flush()
 
     def _track(self, new: int) -> bool:

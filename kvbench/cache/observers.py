@@ -23,17 +23,19 @@ class Observed:
     """What was seen in the forward call under way; tensors are on the host except `residual`."""
 
     def __init__(self, needs: Needs, pre_rope: bool, vision_mask: Tensor | None = None) -> None:
-        """Nothing seen yet; `vision_mask` (B, T) bool replaces input ids for prompts given as embeddings."""
+        """Nothing seen yet; `vision_mask` (B, T) bool stands in for ids of embedded prompts."""
         self.needs, self.pre_rope, self._vision_mask = needs, pre_rope, vision_mask
         self.valid: Tensor | None = None
         self.is_vision: Tensor | None = None
         self.residual: dict[int, Tensor] = {}
         self.rotary = RotaryPositions()
+        self.first = True
+        """Whether the call is a cache's first: its prompt."""
         self._seen = 0
 
     def forget(self) -> None:
         """Be ready for another prompt."""
-        self.valid, self.is_vision, self._seen = None, None, 0
+        self.valid, self.is_vision, self._seen, self.first = None, None, 0, True
         self.residual.clear()
         self.rotary.ids = None
 
@@ -53,6 +55,7 @@ class Observed:
         self.valid = mask[:, -new:].bool().cpu() if mask is not None and mask.dim() == 2 else None
         if self.needs.modality:
             self.is_vision = self._modality(image_ids, ids, given)
+        self.first = not self._seen
         self._seen += new
 
     def _modality(self, image_ids: tuple[int, ...], ids: Tensor | None, given: Tensor) -> Tensor:
@@ -105,10 +108,9 @@ class _Hooks:
     def _layer_hook(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             observed = _observed(kwargs)
-            if observed is not None and observed.needs.residual:
+            if observed is not None and observed.needs.residual and observed.first:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                if hidden.shape[1] > 1:
-                    observed.residual[index] = hidden
+                observed.residual[index] = hidden
 
         return hook
 

@@ -20,11 +20,13 @@ from kvbench.cache.contract import (
     LayerSpec,
     Protocols,
     Transform,
+    Window,
 )
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.layer import QuantizedLayer
 from kvbench.cache.observers import Observed, attach, detach
 from kvbench.cache.specs import layer_specs
+from kvbench.cache.windows import Residual, Sliding
 from kvbench.errors import UserError
 
 
@@ -52,7 +54,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         return [
             RowUsage(
                 sum(layer.row_nbytes(row) for layer in layers)
-                + self.observed.rotary.row_nbytes(len(layers[0].elements)),
+                + self.observed.rotary.row_nbytes(layers[0].key_store.lengths[row]),
                 sum(layer.elements[row] for layer in layers),
                 sum(layer.packed_tokens_read[row] for layer in layers),
             )
@@ -139,7 +141,7 @@ def bind(
 ) -> BoundMethod:
     """Check a method against a model and compose its storage for every layer.
 
-    `method` is a registered name, with parameters if need be ("akvq_vl[recent=64]"), or an instance.
+    `method` is a registered name, perhaps with parameters ("akvq_vl[recent=64]"), or an instance.
 
     Raises:
         UserError: unknown method or protocol, statistics missing, or a layer it can't store.
@@ -148,7 +150,9 @@ def bind(
         raise UserError(f"unknown protocol {protocol!r}; use one of {get_args(Protocols)}.")
     method = resolve(method)
     if isinstance(method, ForeignCache):
-        raise UserError(f"{method.label} brings its own cache; call quantized_cache instead of bind.")
+        raise UserError(
+            f"{method.label} brings its own cache; call quantized_cache instead of bind."
+        )
     specs = layer_specs(model.config, text_salient_layers)  # type: ignore[arg-type]
     _check_statistics(method, calibration, specs)
     quantizers = tuple(method.layer(spec, calibration) for spec in specs)
@@ -243,16 +247,22 @@ def _check_layer(quantizer: LayerQuantizer, spec: LayerSpec) -> None:
     for side in (key, value):
         for bits, codec in side.codecs.items():
             codec.check(side.transform.stored_shape(spec)[1])
-            size = getattr(side.window, "size", codec.block)
-            if bits != EXACT and codec.block > 1 and size % codec.block:
-                raise UserError(
-                    f"the residual length {size} must be a multiple of the group size {codec.block}."
-                )
-            flush = getattr(side.window, "flush_every", 1)
-            if isinstance(side.window, Sliding) and codec.block > 1 and flush % codec.block:
-                raise UserError(
-                    f"flush_every ({flush}) must be a multiple of the group size {codec.block}."
-                )
+            if bits != EXACT and codec.block > 1:
+                _check_block(side.window, codec.block)
+
+
+def _check_block(window: Window | None, block: int) -> None:
+    """Tokens that are encoded together must leave the window together."""
+    if isinstance(window, Residual):
+        steps: tuple[int, ...] = (window.size, window.prompt_block or block)
+    elif isinstance(window, Sliding) and window.prompt:
+        steps = (window.flush_every,)
+    else:
+        raise UserError(f"groups of {block} tokens need a window that releases whole groups.")
+    if any(step % block for step in steps):
+        raise UserError(
+            f"the residual ({steps[0]}) must be a multiple of the group size ({block})."
+        )
 
 
 def _detach(reference: weakref.ref[nn.Module]) -> None:

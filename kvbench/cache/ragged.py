@@ -44,6 +44,12 @@ class Ragged:
         index = _slice_index(starts, width, self.data.shape[2], self.data.device)
         return Ragged(_take(self.data, index), counts)
 
+    def owned(self) -> Ragged:
+        """A copy, if this is a small view that would keep a large tensor alive."""
+        if self.data.untyped_storage().nbytes() > 2 * self.nbytes:
+            return Ragged(self.data.clone(), self.lengths)
+        return self
+
     def where(self, mask: Tensor, counts: Lengths) -> Ragged:
         """Entries where the (B, L) mask is True, in order; counts[b] = mask[b].sum()."""
         width = max(counts)

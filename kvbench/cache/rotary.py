@@ -15,7 +15,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 class RotaryPositions:
-    """Position ids of every cached column, shared by all layers; cos and sin are computed on demand."""
+    """Position ids of every cached column, shared by all layers; tables are computed on demand."""
 
     def __init__(self) -> None:
         """No positions yet."""
@@ -28,7 +28,9 @@ class RotaryPositions:
         self.module = module
         if self.ids is not None:
             # One row may stand for all, and one axis for M-RoPE's three (text after images).
-            axes, rows = (max(sizes) for sizes in zip(self.ids.shape[:2], ids.shape[:2], strict=True))
+            axes, rows = (
+                max(sizes) for sizes in zip(self.ids.shape[:2], ids.shape[:2], strict=True)
+            )
             ids = torch.cat((self.ids.expand(axes, rows, -1), ids.expand(axes, rows, -1)), 2)
         self.ids = ids
 
@@ -42,21 +44,21 @@ class RotaryPositions:
         """Bytes of the position ids."""
         return 0 if self.ids is None else self.ids.numel() * self.ids.element_size()
 
-    def row_nbytes(self, rows: int) -> int:
-        """Bytes of one row's position ids in a cache of `rows` rows."""
-        return self.nbytes // max(rows, 1)
+    def row_nbytes(self, tokens: int) -> int:
+        """Bytes of the position ids of a row that holds so many tokens, padding not counted."""
+        return 0 if self.ids is None else self.ids.shape[0] * tokens * self.ids.element_size()
 
     def embed(self, keys: Tensor, slots: Tensor) -> Tensor:
         """Keys (B, H, n, D) before RoPE to after; slots (B, n) are columns of the sequence."""
         cos, sin = self._tables(keys, slots)
-        width, x = cos.shape[-1], keys.float()
+        width, x = cos.shape[-1], keys.to(cos.dtype)
         turned = x[..., :width] * cos + rotate_half(x[..., :width]) * sin
         return torch.cat((turned, x[..., width:]), -1).to(keys.dtype)
 
     def strip(self, keys: Tensor, slots: Tensor) -> Tensor:
         """The inverse of `embed`; a scaling of cos and sin by a (YaRN) divides by a squared."""
         cos, sin = self._tables(keys, slots)
-        width, x = cos.shape[-1], keys.float()
+        width, x = cos.shape[-1], keys.to(cos.dtype)
         turned = x[..., :width] * cos - rotate_half(x[..., :width]) * sin
         turned = turned / (cos.square() + sin.square())
         return torch.cat((turned, x[..., width:]), -1).to(keys.dtype)
@@ -73,10 +75,11 @@ class RotaryPositions:
         cos, sin = self.module.forward(keys.float(), ids if ids.shape[0] > 1 else ids[0])
         if cos.dim() == 4:
             cos, sin = self._merged(cos), self._merged(sin)
-        return cos[:, None].float(), sin[:, None].float()
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        return cos[:, None].to(wide), sin[:, None].to(wide)
 
     def _merged(self, table: Tensor) -> Tensor:
-        """(3, B, n, D) M-RoPE tables to (B, n, D) by the model's sections, where it does so later."""
+        """(3, B, n, D) M-RoPE tables to (B, n, D), for models that merge them in attention."""
         parameters = self.module.config.rope_parameters  # type: ignore[union-attr]
         sections = list(parameters["mrope_section"]) * 2
         return torch.cat([part[i % 3] for i, part in enumerate(table.split(sections, -1))], -1)

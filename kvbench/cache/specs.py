@@ -18,7 +18,12 @@ def layer_specs(config: Any, text_salient_layers: tuple[int, ...] = ()) -> list[
     """
     name = getattr(config, "model_type", type(config).__name__)
     text = config.get_text_config(decoder=True)
-    if getattr(config, "is_encoder_decoder", False) or hasattr(text, "kv_lora_rank"):
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        or getattr(text, "kv_lora_rank", None)  # latents of multi-head latent attention
+        or getattr(text, "num_kv_shared_layers", None)  # layers that read another layer's cache
+        or getattr(text, "num_attention_heads", None) is None
+    ):
         raise UserError(
             f"models of type {name} don't cache plain keys and values; kvbench can't quantize them."
         )

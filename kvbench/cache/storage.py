@@ -28,7 +28,13 @@ class Segment:
 
     def append(self, states: Ragged, slots: Ragged | None) -> None:
         """Encode (B, H, n, C) states; each row's count is a multiple of the codec's block."""
-        counts = tuple(count // self.codec.block for count in states.lengths)
+        block = self.codec.block
+        if any(count % block for count in states.lengths):
+            raise UserError(
+                f"groups of {block} tokens can't be cut from {states.lengths} tokens; the plan and "
+                "the window must release whole groups."
+            )
+        counts = tuple(count // block for count in states.lengths)
         new = [Ragged(part, counts) for part in self.codec.encode(states.data)]
         old = self.parts or (None,) * len(new)
         self.parts = tuple(n if o is None else join((o, n)) for o, n in zip(old, new, strict=True))
@@ -44,9 +50,9 @@ class Segment:
     def drop(self, counts: Lengths) -> None:
         """Forget the oldest counts[b] tokens of each row (block 1 only)."""
         left = tuple(a - b for a, b in zip(self.lengths, counts, strict=True))
-        self.parts = tuple(part.slice(counts, left) for part in self.parts)
+        self.parts = tuple(part.slice(counts, left).owned() for part in self.parts)
         if self.slots is not None:
-            self.slots = self.slots.slice(counts, left)
+            self.slots = self.slots.slice(counts, left).owned()
         self.lengths = left
 
     def track(self, device: torch.device) -> None:
@@ -78,8 +84,8 @@ class Segment:
 class SideStore:
     """Keys or values of one layer.
 
-    New tokens enter `recent` in the stored basis, with the bits they were given; when they leave the
-    window they move to the segment of these bits.
+    New tokens enter `recent` in the stored basis, with the bits they were given; when they leave
+    the window they move to the segment of these bits.
     """
 
     def __init__(self, side: Side, spec: LayerSpec, rows: int, name: str) -> None:
@@ -112,12 +118,13 @@ class SideStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor."""
-        return sum(s.nbytes for s in (*self.segments.values(), self.recent))
+        """Bytes of every tensor, the bits that tokens in the window wait for among them."""
+        return self._bits.nbytes + sum(s.nbytes for s in (*self.segments.values(), self.recent))
 
     def row_nbytes(self, row: int) -> int:
         """Bytes of one row's tokens."""
-        return sum(s.row_nbytes(row) for s in (*self.segments.values(), self.recent))
+        segments = (*self.segments.values(), self.recent)
+        return self._bits.row_nbytes(row) + sum(s.row_nbytes(row) for s in segments)
 
     def append(self, states: Ragged, bits: Ragged, slots: Ragged | None) -> None:
         """Take (B, H', n, C) states in the stored basis; bits is (B, 1, n) int8 on the host."""
@@ -141,7 +148,7 @@ class SideStore:
         self._distribute(states, slots, bits)
         self.recent.drop(leave)
         left = self.recent.lengths
-        self._bits = self._bits.slice(leave, left)
+        self._bits = self._bits.slice(leave, left).owned()
 
     def read(self, dtype: torch.dtype) -> Ragged:
         """All tokens in the stored basis, a row's segments one after another."""
@@ -166,7 +173,7 @@ class SideStore:
 
     def _joined(self, part: Callable[[Segment], Ragged | None]) -> Ragged:
         filled = [s for s in (*self.segments.values(), self.recent) if max(s.lengths)]
-        return join([p for s in filled if (p := part(s)) is not None])
+        return join([p for s in filled or [self.recent] if (p := part(s)) is not None])
 
     def _leaving(self) -> Lengths:
         window, held = self.side.window, self.recent.lengths

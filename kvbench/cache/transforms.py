@@ -15,51 +15,63 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1))
 
 
-class _OnDevice:
-    """A constant that follows its input's device, copied once a device."""
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _Constant:
+    """A constant that follows its input's device and dtype, copied once for each."""
 
     def __init__(self, value: Tensor) -> None:
-        self._copies = {value.device: value}
-        self._value = value
+        self.value = value
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def like(self, x: Tensor) -> Tensor:
-        if x.device not in self._copies:
-            self._copies[x.device] = self._value.to(x.device)
-        return self._copies[x.device]
+        """The constant for a floating-point partner; whole numbers keep their dtype."""
+        dtype = x.dtype if self.value.is_floating_point() else self.value.dtype
+        key = (x.device, dtype)
+        if key not in self._copies:
+            self._copies[key] = self.value.to(*key)
+        return self._copies[key]
 
 
 class Rotate(Transform):
-    """x R with an orthogonal R on keys and values, q R on queries, o Rᵀ on outputs, in float32.
+    """x R with an orthogonal R on keys and values, q R on queries, o Rᵀ on outputs.
 
+    Computed in float32 (float64 for a float64 model) and cast back, as QuaRot does it.
     AKVQ-VL, Figures 6 and 7. `side` says whether `attend` sees queries or attention outputs.
     """
 
-    def __init__(self, head_dim: int, side: str, kind: Rotation = "hadamard", seed: int = 0) -> None:
+    def __init__(
+        self, head_dim: int, side: str, kind: Rotation = "hadamard", seed: int = 0
+    ) -> None:
         """Build R.
 
         Raises:
             UserError: there is no such rotation.
         """
-        self._exact = rotation(head_dim, kind, seed)
-        matrix = self._exact.float()
-        self._store = _OnDevice(matrix)
-        self._attend = _OnDevice(matrix if side == "key" else matrix.T.contiguous())
+        matrix = rotation(head_dim, kind, seed)
+        self._store = _Constant(matrix)
+        self._attend = _Constant(matrix if side == "key" else matrix.T.contiguous())
 
     def store(self, x: Tensor) -> Tensor:
         """(B, H, n, D) times R."""
-        return (x.float() @ self._store.like(x)).to(x.dtype)
+        wide = _wide(x)
+        return (wide @ self._store.like(wide)).to(x.dtype)
 
     def attend(self, x: Tensor) -> Tensor:
         """(B, Hq, n, D) times R (queries) or Rᵀ (outputs)."""
-        return (x.float() @ self._attend.like(x)).to(x.dtype)
+        wide = _wide(x)
+        return (wide @ self._attend.like(wide)).to(x.dtype)
 
     def matrices(self, spec: LayerSpec) -> Tensor:
         """R for every head."""
-        return self._exact.expand(spec.num_kv_heads, -1, -1)
+        return self._store.value.expand(spec.num_kv_heads, -1, -1)
 
 
 class ChannelScale(Transform):
-    """x / s stored, q · s or o · s in attention; s is (H, D), one factor a channel (SmoothQuant)."""
+    """x / s stored, q · s or o · s in attention; s is (H, D), a factor a channel (SmoothQuant)."""
 
     def __init__(self, scale: Tensor) -> None:
         """Keep s.
@@ -69,21 +81,23 @@ class ChannelScale(Transform):
         """
         if not bool((scale.isfinite() & (scale > 0)).all()):
             raise UserError("channel scales must be positive and finite; calibrate again.")
-        self._scale = _OnDevice(scale.float())
+        self._scale = _Constant(scale.double())
 
     def store(self, x: Tensor) -> Tensor:
         """(B, H, n, D) divided by s."""
-        return (x.float() / self._scale.like(x)[:, None]).to(x.dtype)
+        wide = _wide(x)
+        return (wide / self._scale.like(wide)[:, None]).to(x.dtype)
 
     def attend(self, x: Tensor) -> Tensor:
         """(B, Hq, n, D) multiplied by its key/value head's s."""
-        scale = self._scale.like(x)
-        scaled = _grouped(x.float(), scale.shape[0]) * scale[:, None, None]
+        wide = _wide(x)
+        scale = self._scale.like(wide)
+        scaled = _grouped(wide, scale.shape[0]) * scale[:, None, None]
         return scaled.flatten(1, 2).to(x.dtype)
 
     def matrices(self, spec: LayerSpec) -> Tensor:
         """diag(1 / s) for every head."""
-        return torch.diag_embed(1 / self._scale._value.double())
+        return torch.diag_embed(1 / self._scale.value)
 
 
 class MergeHeads(Transform):
@@ -96,7 +110,7 @@ class MergeHeads(Transform):
         """Keep the order and its inverse."""
         self._heads, channels = spec.num_kv_heads, spec.num_kv_heads * spec.head_dim
         order = torch.arange(channels) if order is None else order
-        self._order, self._inverse = _OnDevice(order), _OnDevice(order.argsort())
+        self._order, self._inverse = _Constant(order), _Constant(order.argsort())
 
     def store(self, x: Tensor) -> Tensor:
         """(B, H, n, D) to (B, 1, n, H·D)."""

@@ -11,8 +11,8 @@ from kvbench.errors import UserError
 class Sliding:
     """The newest `size` tokens, released `flush_every` at a time once there are more.
 
-    `counts_current=True`: a decode query sees `size` exact tokens including its own (SKVQ, AKVQ-VL);
-    False: `size` and its own, the oldest is quantized after the step (KIVI's values).
+    `counts_current=True`: a decode query sees `size` exact tokens including its own (SKVQ,
+    AKVQ-VL); False: `size` and its own, the oldest is quantized after the step (KIVI's values).
     `prompt=False` keeps no prompt token in the window.
     """
 
@@ -41,9 +41,10 @@ class Sliding:
 
 @dataclass(frozen=True)
 class Residual:
-    """The newest `length mod size` tokens: a buffer quantized as a whole when it is full (KIVI's keys).
+    """The newest `length mod size` tokens: a buffer quantized as a whole when full (KIVI's keys).
 
-    `prompt_block` quantizes the prompt up to a multiple of another block, with no residual beyond it.
+    `prompt_block` quantizes the prompt up to a multiple of another block, with no residual
+    beyond it.
     """
 
     size: int

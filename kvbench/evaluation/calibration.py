@@ -54,14 +54,15 @@ def statistics_of(
         UserError: the data can't be read or made.
     """
     from kvbench.cache import calibrate_statistics
+    from kvbench.tasks import minimile
 
     names = [name for name in TASKS.names() if TASKS.get(name).suite == "milebench"]
-    folder = root or _calibration_root(samples)
+    folder = root or minimile.cached_root(SPLIT_SEED, samples)
     share = -(-samples // len(names))
     manifest = {
         "model": loaded.entry.name,
         "revision": loaded.revision,
-        "data": str(root.name if root else folder.name),
+        "data": folder.name,
         "seed": str(seed),
     }
     return calibrate_statistics(
@@ -77,14 +78,3 @@ def _prompts(
         for sample in cell.samples[: max(total, 0)]:
             yield dict(encoded(loaded, [ask(loaded, cell.task, sample)]).kwargs())
         total -= len(cell.samples)
-
-
-def _calibration_root(samples: int) -> Path:
-    from platformdirs import user_cache_path
-
-    from kvbench.tasks import minimile
-
-    root = user_cache_path("kvbench") / f"minimile-{minimile.VERSION}-calibration-{samples}"
-    if not (root / "minimile.json").exists():
-        minimile.make(root, seed=SPLIT_SEED, samples=samples)
-    return root

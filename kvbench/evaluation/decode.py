@@ -1,20 +1,22 @@
 """Greedy answers of a batch, with a twin of every row that follows the reference answer.
 
-The twin starts from the same cache after the prompt and is fed the 16-bit cache's own answer, so the
-distance between both caches is measured at every answer token from one prefill (teacher forcing).
+The twin starts from the same cache after the prompt and is fed the 16-bit cache's own answer, so
+the distance between both caches is measured at every answer token from one prefill (teacher
+forcing).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvbench.cache import QuantizedCache, RowUsage
+from kvbench.cache import ForeignCache, QuantizedCache
+from kvbench.cache.specs import layer_specs
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -41,18 +43,29 @@ class Generation:
         }
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What one row's prompt takes in the cache, and what was read of it since."""
+
+    nbytes: int
+    bits_per_element: float
+    packed_tokens_read: int | None
+    """None for a peer's cache, which doesn't count."""
+
+
 @dataclass
 class Answer:
     """One row's answer.
 
-    `log_probs` are (1 + len(ids), V) float32 at the answer's positions, at most REFERENCE_TOKENS of
-    them; `divergences` are KL(reference || this) in nats at the reference's positions.
+    `log_probs` are (V,) float32 at each of the answer's positions, the end-of-sequence token's
+    included, at most REFERENCE_TOKENS of them; `divergences` are KL(reference || this) in nats at
+    the reference's positions.
     """
 
     ids: list[int] = field(default_factory=list)
     log_probs: list[Tensor] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
-    usage: RowUsage | None = None
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -70,27 +83,28 @@ def answer(
     cache: Cache,
     generation: Generation,
     references: Sequence[Answer] | None = None,
+    peer: ForeignCache | None = None,
 ) -> Answers:
     """Answer B prompts greedily; with references, measure divergence from them on the way.
 
-    Without references the log-probabilities are kept, to be a reference for others.
+    Without references the log-probabilities are kept, to be a reference for others. `peer` is whose
+    cache it is, if it isn't ours.
     """
     started = _now(model)
-    logits = _prefill(model, inputs, cache)
+    logits = prefill(model, inputs, cache, split=peer is not None and peer.splits_prompt)
     prefilled = _now(model)
+    foreign = None if peer is None else _peer_usage(model, inputs, peer.nbytes(cache))
     usages = cache.rows() if isinstance(cache, QuantizedCache) else None
     twins = references is not None and isinstance(cache, QuantizedCache)
     run = _Run(model, inputs, cache, generation, references, twins)
     run.decode(logits)
-    if usages is not None and isinstance(cache, QuantizedCache):
+    for index, row in enumerate(run.answers):
         # Bytes are those of the prompt; reads go on while decoding.
-        finals = cache.rows()[:: 2 if twins else 1]
-        for row, usage, final in zip(run.answers, usages, finals, strict=True):
-            row.usage = RowUsage(usage.nbytes, usage.elements, final.packed_tokens_read)
+        usage = foreign if usages is None else usages[index]
+        if usage is not None:
+            row.usage = Usage(usage.nbytes, usage.bits_per_element, run.reads.get(index))
     finished = _now(model)
-    return Answers(
-        run.answers, {"prefill": prefilled - started, "decode": finished - prefilled}
-    )
+    return Answers(run.answers, {"prefill": prefilled - started, "decode": finished - prefilled})
 
 
 class _Run:
@@ -110,6 +124,7 @@ class _Run:
         self._mask = inputs.attention_mask
         self._stops = _stop_ids(model)
         self.answers = [Answer() for _ in range(inputs.input_ids.shape[0])]
+        self.reads: dict[int, int] = {}
         self._open = set(range(len(self.answers)))
 
     def decode(self, logits: Tensor) -> None:
@@ -134,13 +149,19 @@ class _Run:
         chosen: list[int] = logits.argmax(-1).tolist()
         for row in sorted(self._open):
             self._keep_reference(row, logits[row])
-            if chosen[row] in self._stops:
-                self._open.discard(row)
-                continue
-            self.answers[row].ids.append(chosen[row])
-            if len(self.answers[row].ids) >= self._generation.max_new_tokens:
-                self._open.discard(row)
+            if chosen[row] not in self._stops:
+                self.answers[row].ids.append(chosen[row])
+                if len(self.answers[row].ids) < self._generation.max_new_tokens:
+                    continue
+            self._close(row)
         return chosen
+
+    def _close(self, row: int) -> None:
+        """End a row's answer; what its place in the batch reads from now on is for other rows."""
+        self._open.discard(row)
+        if isinstance(self._cache, QuantizedCache):
+            place = row * (self._mask.shape[0] // len(self.answers))
+            self.reads[row] = sum(layer.packed_tokens_read[place] for layer in self._cache.layers)
 
     def _keep_reference(self, row: int, logits: Tensor) -> None:
         kept = self.answers[row].log_probs
@@ -177,26 +198,62 @@ class _Run:
     def _forward(self, tokens: list[int]) -> Tensor:
         self._mask = torch.cat((self._mask, torch.ones_like(self._mask[:, :1])), 1)
         ids = torch.tensor(tokens, device=self._mask.device)[:, None]
-        out = self._model(
-            input_ids=ids,
-            attention_mask=self._mask,
-            position_ids=_next_positions(self._model, self._mask),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        logits: Tensor = out.logits[:, -1]
-        return logits
+        return _step(self._model, ids, self._mask, self._cache)
 
 
-def _prefill(model: Any, inputs: ModelInputs, cache: Cache) -> Tensor:
-    """Logits (B, V) after the prompts."""
+@torch.no_grad()
+def prefill(model: Any, inputs: ModelInputs, cache: Cache, *, split: bool = False) -> Tensor:
+    """Logits (B, V) after the prompts; `split` decodes each prompt's last token on its own."""
+    if split and inputs.input_ids.shape[1] > 1:
+        prefill(model, without_last(inputs), cache)
+        return _step(model, inputs.input_ids[:, -1:], inputs.attention_mask, cache)
     extra = {}
+    # Counted from each row's first token, so that padding doesn't move a row's keys.
+    positions = (inputs.attention_mask.cumsum(1) - 1).clamp_min(0)
     if not _multimodal_rope(model):
-        # Counted from each row's first token, so that padding doesn't move a row's keys.
-        extra["position_ids"] = (inputs.attention_mask.cumsum(1) - 1).clamp_min(0)
+        extra["position_ids"] = positions
+    elif "image_grid_thw" not in inputs.images:
+        # The model itself would go on from the last prompt that had images.
+        extra["position_ids"] = positions.expand(3, -1, -1)
+        model.model.rope_deltas = torch.zeros_like(positions[:, :1])
     out = model(**inputs.kwargs(), **extra, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits: Tensor = out.logits[:, -1]
     return logits
+
+
+def without_last(inputs: ModelInputs) -> ModelInputs:
+    """The prompts without their last tokens, which are text."""
+    kinds = "mm_token_type_ids"
+    images = inputs.images
+    if kinds in images:
+        images = {**images, kinds: images[kinds][:, :-1]}
+    return replace(
+        inputs,
+        input_ids=inputs.input_ids[:, :-1],
+        attention_mask=inputs.attention_mask[:, :-1],
+        is_vision=inputs.is_vision[:, :-1],
+        images=images,
+    )
+
+
+def _step(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+    """Logits (B, V) after one more token of each row, ids (B, 1); mask (B, T) includes it."""
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=_next_positions(model, mask),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    logits: Tensor = out.logits[:, -1]
+    return logits
+
+
+def _peer_usage(model: Any, inputs: ModelInputs, nbytes: int) -> Usage:
+    """A row's share of a peer's cache; the peer stores padding too, so padding counts."""
+    rows, width = inputs.input_ids.shape
+    numbers = sum(2 * spec.num_kv_heads * spec.head_dim for spec in layer_specs(model.config))
+    return Usage(nbytes // rows, 8 * nbytes / (rows * width * numbers), None)
 
 
 def _next_positions(model: Any, mask: Tensor) -> Tensor:
@@ -204,7 +261,7 @@ def _next_positions(model: Any, mask: Tensor) -> Tensor:
     positions = mask.sum(1, keepdim=True) - 1
     if not _multimodal_rope(model):
         return positions
-    deltas = model.model.rope_deltas
+    deltas: Tensor = model.model.rope_deltas
     deltas = deltas.repeat_interleave(mask.shape[0] // deltas.shape[0], 0)
     return (positions + deltas.to(positions.device)).expand(3, -1, -1)
 

@@ -24,6 +24,18 @@ def load(entry: ModelEntry, device: str, dtype: str) -> LoadedModel:
     return load_model(entry, device, None if dtype == "auto" else dtype)
 
 
+def check_available(entry: ModelEntry) -> None:
+    """Check that a checkpoint is complete without loading it; a bundled model is taken to be.
+
+    Raises:
+        UserError: it is not on this machine, or files are missing or damaged.
+    """
+    from kvbench.models.folders import checkpoint_folder
+
+    if entry.folder is not None or entry.loader is None:
+        checkpoint_folder(entry)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that host or device memory ran out."""
     import torch

@@ -65,7 +65,13 @@ class EvalRequest:
         for name in ("methods", "models", "tasks", "protocols"):
             if not getattr(self, name):
                 raise UserError(f"no {name} to evaluate: name at least one, or all")
-        for name, smallest in (("limit", 1), ("seed", 0), ("batch", 1), ("workers", 1), ("calibration_samples", 1)):
+        for name, smallest in (
+            ("limit", 1),
+            ("seed", 0),
+            ("batch", 1),
+            ("workers", 1),
+            ("calibration_samples", 1),
+        ):
             _at_least(name, getattr(self, name), smallest)
         if self.max_new_tokens is not None:
             _at_least("max_new_tokens", self.max_new_tokens, 1)

@@ -7,10 +7,13 @@ at hand to measure against, and a run that is cut short has the same samples of 
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import sys
 from typing import Any
 
 import kvbench
 from kvbench.evaluation.environment import environment
+from kvbench.evaluation.hardware import check_available
 from kvbench.evaluation.progress import Progress
 from kvbench.evaluation.request import EvalRequest
 from kvbench.evaluation.session import Session
@@ -23,13 +26,15 @@ def evaluate(request: EvalRequest, progress: Progress) -> None:
     Raises:
         UserError: data, a model, a method or the output folder can't be used; rows so far are kept.
     """
-    with Store(request.out) as store:
-        session = Session(request, store, progress)
+    for entry in request.models:  # the last one's would else be missed when the others are done
+        check_available(entry)
+    with Store(request.out) as store, Session(request, store, progress) as session:
         jobs = session.jobs()
-        store.write_run({"request": _plain(request), "environment": environment()})
-        samples = sum(job.stop - job.start for job in jobs)
+        planned = {name: len(session.cell(name).samples) for name in request.tasks}
+        store.write_run({"request": _plain(request, planned), "environment": environment()})
+        samples = sum(planned.values()) * len(request.models)
         total = samples * len(request.methods) * len(request.protocols)
-        progress.begin(total, len(store.rows()))
+        progress.begin(total, 0)
         if request.workers > 1:
             from kvbench.evaluation.workers import run_jobs
 
@@ -39,8 +44,8 @@ def evaluate(request: EvalRequest, progress: Progress) -> None:
             session.run(job)
 
 
-def _plain(request: EvalRequest) -> dict[str, Any]:
-    """The request as JSON values."""
+def _plain(request: EvalRequest, samples: dict[str, int]) -> dict[str, Any]:
+    """The request as JSON values, with the command line and each task's number of samples."""
     plain = {
         field.name: getattr(request, field.name)
         for field in dataclasses.fields(request)
@@ -48,4 +53,5 @@ def _plain(request: EvalRequest) -> dict[str, Any]:
     }
     plain["methods"] = [choice.spec for choice in request.methods]
     plain["models"] = [entry.name for entry in request.models]
-    return {**plain, "version": kvbench.__version__}
+    command = shlex.join(["kvbench", *sys.argv[1:]])
+    return {**plain, "samples": samples, "command": command, "version": kvbench.__version__}

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +21,7 @@ from kvbench.evaluation.samples import Cell, Question, encoded
 if TYPE_CHECKING:
     from transformers import Cache
 
-    from kvbench.cache import BoundMethod, Calibration
+    from kvbench.cache import BoundMethod, Calibration, ForeignCache
     from kvbench.evaluation.choices import MethodChoice
     from kvbench.models.inputs import ModelInputs
     from kvbench.models.load import LoadedModel
@@ -56,7 +57,7 @@ class PreparedMethod:
 
         method = choice.quantizer
         if isinstance(method, ForeignCache):
-            method.cache(loaded.model, protocol)
+            method.cache(loaded.model, protocol)  # type: ignore[arg-type]
             return cls(choice.spec, protocol, choice, None, "")
         needed = calibration if method.needs.statistics else None
         bound = bind(
@@ -84,11 +85,25 @@ class PreparedMethod:
         """An empty cache."""
         if self.bound is not None:
             return self.bound.new_cache()
-        return self.choice.quantizer.cache(model, self.protocol)  # type: ignore[attr-defined, no-any-return]
+        return self.choice.quantizer.cache(model, self.protocol)  # type: ignore[union-attr, arg-type]
 
-    def nbytes(self, cache: Cache) -> int | None:
-        """Bytes of a peer's cache."""
-        return int(self.choice.quantizer.nbytes(cache)) if self.bound is None else None  # type: ignore[attr-defined]
+    @property
+    def peer(self) -> ForeignCache | None:
+        """Whose cache it is, if it isn't ours."""
+        return None if self.bound else self.choice.quantizer  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Questions that are answered together."""
+
+    loaded: LoadedModel
+    questions: Sequence[Question]
+
+    @cached_property
+    def inputs(self) -> ModelInputs:
+        """The same for every method, so images are opened and prepared once."""
+        return encoded(self.loaded, self.questions)
 
 
 class Sink(Protocol):
@@ -124,66 +139,73 @@ class BatchRunner:
         self._generation = Generation(max_new_tokens or default)
 
     def run(self, questions: Sequence[Question]) -> None:
-        """Answer what the store lacks of this batch."""
-        todo = {
-            index: [q for q in questions if not self._store.has(self._key(method, q))]
-            for index, method in enumerate(self._methods)
-        }
-        if not any(todo.values()):
-            return
-        for protocol in dict.fromkeys(method.protocol for method in self._methods):
-            references: dict[int, Answer] = {}
-            for index, method in enumerate(self._methods):
+        """Answer what the store lacks of this batch.
+
+        A batch with a row missing runs as a whole, so that a row is the same whether its run was
+        cut short or not, to the last bit; and the 16-bit cache runs along to be measured against.
+        """
+        lacking = [
+            [question for question in questions if not self._store.has(self._key(method, question))]
+            for method in self._methods
+        ]
+        for _ in range(len(questions) * len(lacking) - sum(map(len, lacking))):
+            self._progress.advance()
+        wanted = [method for method, some in zip(self._methods, lacking, strict=True) if some]
+        batch = _Batch(self._loaded, questions)
+        for protocol in dict.fromkeys(method.protocol for method in wanted):
+            references: Sequence[Answer] | None = None
+            for method in self._methods:
                 if method.protocol != protocol:
                     continue
-                missing = todo[index]
-                if method.is_reference and not missing:
-                    others = [
-                        todo[i] for i, m in enumerate(self._methods) if m.protocol == protocol
-                    ]
-                    missing = [q for q in questions if any(q in some for some in others)]
-                if missing:
-                    self._answer(method, missing, references)
+                if method.is_reference:
+                    references = self._answer(method, batch, None)
+                elif method in wanted:
+                    self._answer(method, batch, references)
 
     def _answer(
         self,
         method: PreparedMethod,
-        questions: Sequence[Question],
-        references: dict[int, Answer],
-    ) -> None:
-        ids = [question.sample.sample_id for question in questions]
-        known = [references[i] for i in ids] if all(i in references for i in ids) else None
+        batch: _Batch,
+        references: Sequence[Answer] | None,
+    ) -> Sequence[Answer] | None:
+        """A batch's answers, their rows written; None when memory ran out, which is written too."""
         try:
-            answers, inputs, size = self._generate(method, questions, known)
+            answers = self._generate(method, batch.inputs, references)
         except Exception as error:
             if isinstance(error, UserError) or not is_out_of_memory(error):
                 raise
-            for question in questions:
-                self._write(self._failed(method, question, "oom", str(error).splitlines()[0]))
-            return
-        if method.is_reference:
-            references.update(zip(ids, answers.rows, strict=True))
-        for place, question in enumerate(questions):
-            reference = None if known is None else known[place]
-            row = answers.rows[place]
-            seconds = {name: value / len(questions) for name, value in answers.seconds.items()}
-            tokens = inputs.prompt_tokens[place]
-            self._write(self._answered(method, question, row, reference, tokens, seconds, size))
+            # The error's traceback holds the batch's tensors, so nothing else runs in this block.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        else:
+            self._write_answers(method, batch, answers, references)
+            return answers.rows
+        for question in batch.questions:
+            self._write(self._failed(method, question, "oom", reason))
+        return None
+
+    def _write_answers(
+        self,
+        method: PreparedMethod,
+        batch: _Batch,
+        answers: Answers,
+        references: Sequence[Answer] | None,
+    ) -> None:
+        size = len(batch.questions)
+        seconds = {name: value / size for name, value in answers.seconds.items()}
+        for place, question in enumerate(batch.questions):
+            reference = None if references is None else references[place]
+            row, tokens = answers.rows[place], batch.inputs.prompt_tokens[place]
+            self._write(self._answered(method, question, row, reference, tokens, seconds))
 
     def _generate(
         self,
         method: PreparedMethod,
-        questions: Sequence[Question],
+        inputs: ModelInputs,
         references: Sequence[Answer] | None,
-    ) -> tuple[Answers, ModelInputs, int | None]:
-        inputs = encoded(self._loaded, questions)
+    ) -> Answers:
         model = self._loaded.model
         cache = method.new_cache(model)
-        if method.is_reference:
-            references = None
-        answers = answer(model, inputs, cache, self._generation, references)
-        size = method.nbytes(cache)
-        return answers, inputs, None if size is None else size // len(questions)
+        return answer(model, inputs, cache, self._generation, references, method.peer)
 
     def _key(self, method: PreparedMethod, question: Question) -> str:
         return row_key(**self._identity(method, question))
@@ -200,7 +222,7 @@ class BatchRunner:
             "task": self._cell.task.name,
             "task_version": self._cell.task.version,
             "sample_id": question.sample.sample_id,
-            "prompt_style": self._loaded.style.label,
+            "prompt_style": self._loaded.prompt_label,
             "prompt_sha256": question.prompt_sha256,
             "images_sha256": question.images_sha256,
             "generation": self._generation.row(),
@@ -217,7 +239,6 @@ class BatchRunner:
         reference: Answer | None,
         prompt_tokens: int,
         seconds: dict[str, float],
-        foreign_bytes: int | None,
     ) -> SampleRow:
         text = self._text(row)
         score = question.score(text)
@@ -234,7 +255,7 @@ class BatchRunner:
             unparsable=score.unparsable,
             prompt_tokens=prompt_tokens,
             generated_tokens=len(row.ids),
-            cache_bytes=usage.nbytes if usage else foreign_bytes,
+            cache_bytes=usage.nbytes if usage else None,
             bits_per_element=usage.bits_per_element if usage else None,
             packed_tokens_read=usage.packed_tokens_read if usage else None,
             kl_first=row.divergences[0] if row.divergences else None,

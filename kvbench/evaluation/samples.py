@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.registry import TASKS
+from kvbench.tasks.images import image_bytes
 
 if TYPE_CHECKING:
     from kvbench.models.inputs import ModelInputs
@@ -42,19 +43,6 @@ class Question:
         return self.task.score(self.sample, answer)
 
 
-class _Tokens:
-    """A tokenizer without special tokens, as prompt building wants it."""
-
-    def __init__(self, tokenizer: object) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
-
-    def decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))  # type: ignore[attr-defined]
-
-
 def read_cell(name: str, root: Path | None, limit: int | None, seed: int) -> Cell:
     """Read a task, from its bundled data if no root is given, and choose the samples.
 
@@ -79,8 +67,7 @@ def ask(loaded: LoadedModel, task: Task, sample: Sample) -> Question:
         UserError: the instruction alone fills the model's context, or an image can't be read.
     """
     entry = loaded.entry
-    tokens = _Tokens(loaded.tokenizer)
-    prompt = task.prompt(sample, tokens, entry.max_context_len, entry.tokens_per_image)
+    prompt = task.prompt(sample, loaded.tokens, entry.max_context_len, entry.tokens_per_image)
     text = task.user_turn(prompt)
     full = hashlib.sha256(loaded.style.render(text).encode()).hexdigest()
     return Question(task, sample, prompt, text, full, _images_hash(prompt.images))
@@ -93,7 +80,7 @@ def encoded(loaded: LoadedModel, questions: Sequence[Question]) -> ModelInputs:
         UserError: an image is broken, or a prompt is longer than the model.
     """
     from kvbench.models.inputs import batch, encode
-    from kvbench.tasks.milebench.images import open_image
+    from kvbench.tasks.images import open_image
 
     inputs = [
         encode(
@@ -104,13 +91,12 @@ def encoded(loaded: LoadedModel, questions: Sequence[Question]) -> ModelInputs:
         )
         for question in questions
     ]
-    pad = loaded.tokenizer.pad_token_id
-    return batch(inputs, 0 if pad is None else int(pad))
+    return batch(inputs, loaded.pad_id)
 
 
 def _images_hash(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        content = path.read_bytes()
+        content = image_bytes(path)
         digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()

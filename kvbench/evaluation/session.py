@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from kvbench.errors import UserError
@@ -32,14 +33,46 @@ class Job:
     stop: int
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A loaded model, the methods made for it and what its vision tower said of this batch."""
+
+    index: int
+    loaded: LoadedModel
+    methods: list[PreparedMethod]
+    vision: FeatureMemo
+
+
 class Session:
-    """Runs jobs of one request in this process; loads a model when its first job comes."""
+    """Runs jobs of one request in this process; loads a model when its first job comes.
+
+    Example:
+        with Session(request, store, progress) as session:
+            for job in session.jobs():
+                session.run(job)
+    """
 
     def __init__(self, request: EvalRequest, sink: Sink, progress: Progress) -> None:
         """Nothing is loaded yet."""
         self.request, self._sink, self._progress = request, sink, progress
-        self._model = -1
+        self._ready: _Ready | None = None
+        self._contexts = ExitStack()
         self._cells: dict[str, Cell] = {}
+        self._label = ""
+
+    def __enter__(self) -> Session:
+        """Load nothing yet."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let the model go."""
+        self.close()
+
+    def close(self) -> None:
+        """Let the loaded model go; the next job loads its own."""
+        self._ready = None
+        self._contexts.close()
+        gc.collect()  # a model is full of cycles, and the next one needs its memory
 
     def cell(self, task: str) -> Cell:
         """The chosen samples of a task.
@@ -68,40 +101,54 @@ class Session:
         Raises:
             UserError: a model, a method or an image can't be used.
         """
-        if job.model != self._model:
-            self._load(job.model)
+        ready = self._model(job.model)
         cell = self.cell(job.task)
-        self._progress.cell(f"{self._loaded.entry.name} · {cell.task.label}")
+        self._announce(f"{ready.loaded.entry.name} · {cell.task.label}")
         runner = BatchRunner(
-            self._loaded,
+            ready.loaded,
             cell,
-            self._prepared,
+            ready.methods,
             self._sink,
             self._progress,
             self.request.batch,
             self.request.max_new_tokens,
         )
         samples = cell.samples[job.start : job.stop]
-        runner.run([ask(self._loaded, cell.task, sample) for sample in samples])
-        self._vision.forget()
+        runner.run([ask(ready.loaded, cell.task, sample) for sample in samples])
+        ready.vision.forget()
 
-    def _load(self, index: int) -> None:
+    def _announce(self, label: str) -> None:
+        """Name the cell of the grid when it begins."""
+        if label != self._label:
+            self._label = label
+            self._progress.cell(label)
+
+    def _model(self, index: int) -> _Ready:
+        if self._ready is None or self._ready.index != index:
+            self.close()
+            self._ready = self._load(index)
+        return self._ready
+
+    def _load(self, index: int) -> _Ready:
         from kvbench.models.vision import shared_vision
 
-        self._loaded = load(self.request.models[index], self.request.device, self.request.dtype)
-        statistics = calibration(self._loaded, self.request, self._progress)
+        loaded = load(self.request.models[index], self.request.device, self.request.dtype)
+        statistics = calibration(loaded, self.request, self._progress)
         # The 16-bit cache answers first: the others are measured against its answer.
-        self._prepared = sorted(self._methods(statistics), key=lambda method: not method.is_reference)
-        # For the life of the process: a model is never used by anyone else here.
-        self._vision: FeatureMemo = shared_vision(self._loaded.model).__enter__()
-        self._model = index
+        methods = sorted(
+            self._methods(loaded, statistics), key=lambda method: not method.is_reference
+        )
+        vision = self._contexts.enter_context(shared_vision(loaded.model))
+        return _Ready(index, loaded, methods, vision)
 
-    def _methods(self, statistics: Calibration | None) -> Iterator[PreparedMethod]:
+    def _methods(
+        self, loaded: LoadedModel, statistics: Calibration | None
+    ) -> Iterator[PreparedMethod]:
         """Methods ready for the model; peers that can't run here are told of and left out."""
         for protocol in self.request.protocols:
             for choice in self.request.methods:
                 try:
-                    yield PreparedMethod.of(self._loaded, choice, protocol, statistics)
+                    yield PreparedMethod.of(loaded, choice, protocol, statistics)
                 except UserError as error:
                     if not _is_peer(choice):
                         raise
@@ -116,7 +163,7 @@ def calibration(
     Raises:
         UserError: they belong to another revision of the model, or can't be read.
     """
-    needing = [c.spec for c in request.methods if not _is_peer(c) and c.quantizer.needs.statistics]
+    needing = calibrated_methods(request)
     if not needing:
         return None
     from kvbench.cache import load_calibration, save_calibration
@@ -140,12 +187,19 @@ def calibration(
     return statistics
 
 
-@cache
-def _peer_class() -> type:
+def calibrated_methods(request: EvalRequest) -> list[str]:
+    """The methods that need statistics."""
     from kvbench.cache import ForeignCache
 
-    return ForeignCache
+    methods = ((choice.spec, choice.quantizer) for choice in request.methods)
+    return [
+        spec
+        for spec, method in methods
+        if not isinstance(method, ForeignCache) and method.needs.statistics
+    ]
 
 
 def _is_peer(choice: MethodChoice) -> bool:
-    return isinstance(choice.quantizer, _peer_class())
+    from kvbench.cache import ForeignCache
+
+    return isinstance(choice.quantizer, ForeignCache)

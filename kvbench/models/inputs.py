@@ -130,15 +130,12 @@ def _joined_images(images: list[dict[str, Tensor]], rows: Any) -> dict[str, Tens
 
 
 def _pieces(loaded: LoadedModel, texts: list[str]) -> list[list[int]]:
-    """Token ids of each piece of text, special tokens before the first one only."""
-    tokenizer = loaded.tokenizer
-    bos = tokenizer.bos_token
-    if bos and texts[0].startswith(bos):  # some chat templates write it themselves
+    """Token ids of each piece of text, the beginning-of-sequence token before the first only."""
+    bos = loaded.tokenizer.bos_token
+    if bos and loaded.tokens.start:  # some chat templates write it themselves
         texts = [texts[0].removeprefix(bos), *texts[1:]]
-    ids = [list(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in texts]
-    if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        ids[0] = [int(tokenizer.bos_token_id), *ids[0]]
-    return ids
+    ids = [loaded.tokens.encode(piece) for piece in texts]
+    return [loaded.tokens.start + ids[0], *ids[1:]]
 
 
 def _interleave(pieces: list[list[int]], counts: Sequence[int], image: int) -> list[int]:

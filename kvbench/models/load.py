@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from kvbench.errors import UserError
 from kvbench.models.folders import checkpoint_folder, fingerprint
 from kvbench.models.prompts import CHECKPOINT, STYLES, PromptStyle, checkpoint_style
+from kvbench.models.tokens import TextTokens
 from kvbench.models.vision import allow_single_tiles
 from kvbench.models.zoo import ModelEntry
 
@@ -66,6 +68,11 @@ class LoadedModel:
         """The tokenizer; for a bare tokenizer given as processor, that."""
         return getattr(self.processor, "tokenizer", self.processor)
 
+    @cached_property
+    def tokens(self) -> TextTokens:
+        """Token ids of plain text and back."""
+        return TextTokens(self.tokenizer)
+
     @property
     def image_processor(self) -> Any:
         """The image processor, or None for a model without vision."""
@@ -108,6 +115,11 @@ class LoadedModel:
             )
 
         return checkpoint_style(apply, qwen=self.entry.family == "qwen2_vl")
+
+    @property
+    def prompt_label(self) -> str:
+        """Prompt style and treatment of images, as result rows carry them: `chatml@0a1b2c/pad`."""
+        return f"{self.style.label}/{self.entry.image_aspect}"
 
 
 def load_model(

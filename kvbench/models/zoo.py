@@ -82,7 +82,7 @@ MODELS: dict[str, ModelEntry] = {
             "smol_llava",
             "smol-LLaVA",
             "llava",
-            loader="kvbench.models.smol_llava.load:load",
+            loader="kvbench.models.smol_llava:load",
             prompt_style="chatml",
             tsa_layers=(0, 1),
             tokens_per_image=64,

@@ -61,7 +61,7 @@ class Cell:
     not_read: int = 0
     """Answers that never read a quantized cache, so they say nothing about the method."""
     mixed: bool = False
-    """The same sample was asked with two different prompts or images: no score."""
+    """Rows of different prompts or images for one sample, or of two calibrations: no score."""
     batches: tuple[int, ...] = ()
     storages: tuple[str, ...] = ()
 
@@ -129,8 +129,10 @@ def scored_rows(rows: Sequence[SampleRow]) -> list[SampleRow]:
     return [row for row in choose(rows) if row.status == "ok" and not never_read(row)]
 
 
-def is_mixed(rows: Iterable[SampleRow]) -> bool:
-    """Say whether some sample was asked with different prompts or images."""
+def is_mixed(rows: Sequence[SampleRow]) -> bool:
+    """Say whether a sample had different prompts or images, or the rows different calibrations."""
+    if len({row.calibration for row in rows}) > 1:
+        return True
     asked: dict[int, tuple[str, str]] = {}
     return any(asked.setdefault(row.sample_id, _question(row)) != _question(row) for row in rows)
 

@@ -73,7 +73,7 @@ def flags(cell: Cell) -> str:
     """Return what is wrong with a cell, in words; empty where nothing is."""
     found = []
     if cell.mixed:
-        found.append("different prompts or images for one sample")
+        found.append("mixed prompts, images or calibrations")
     if cell.not_read:
         found.append(f"cache not read: {cell.not_read}")
     if not cell.complete:

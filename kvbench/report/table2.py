@@ -18,8 +18,8 @@ Accuracy in percent. Bits: stored bits per cached element, metadata included. Ca
 samples, exact; only for packed storage. Mean: every task weighing the same; only the tasks of the
 paper's Table II where there are any. `(n=...)`: fewer scored samples than the task should have.
 `not read`: the answers came without reading the quantized cache, so they say nothing about it.
-`mixed`: one sample was asked with different prompts or images. Intervals, paired differences and KL
-stand in `details.md`."""
+`mixed`: one sample was asked with different prompts or images, or the method ran with different
+calibrations. Intervals, paired differences and KL stand in `details.md`."""
 
 
 def leaderboard_markdown(rows: Iterable[SampleRow], run: Mapping[str, Any] | None = None) -> str:

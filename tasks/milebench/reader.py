@@ -9,7 +9,7 @@ from typing import Any
 
 from kvbench.errors import UserError
 from kvbench.tasks.base import IMAGE_MARKER, Sample, TaskData
-from kvbench.tasks.milebench.images import locate
+from kvbench.tasks.images import locate
 from kvbench.tasks.milebench.record import Record, check_unicode, field, parse_record, strings
 from kvbench.tasks.milebench.scoring import Metric, metric_of, true_option
 

@@ -6,7 +6,7 @@ from kvbench.tasks.minimile.canvas import IMAGE_SIZE, Pixels
 from kvbench.tasks.minimile.catalog import FOLDERS, INSTRUCTIONS, draw
 from kvbench.tasks.minimile.drawing import Drawing
 from kvbench.tasks.minimile.vocabulary import FACT_VOCABULARY
-from kvbench.tasks.minimile.writer import VERSION, default_root, make, sample_rng
+from kvbench.tasks.minimile.writer import VERSION, cached_root, default_root, make, sample_rng
 
 __all__ = [
     "FACT_VOCABULARY",
@@ -16,6 +16,7 @@ __all__ = [
     "VERSION",
     "Drawing",
     "Pixels",
+    "cached_root",
     "default_root",
     "draw",
     "make",

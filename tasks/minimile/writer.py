@@ -54,11 +54,20 @@ def default_root() -> Path:
     Raises:
         UserError: the user's cache folder cannot be written.
     """
+    return cached_root(SEED, SAMPLES)
+
+
+def cached_root(seed: int, samples: int) -> Path:
+    """Return the folder of a test set in the user's cache, made on first use.
+
+    Raises:
+        UserError: the user's cache folder cannot be written.
+    """
     from platformdirs import user_cache_path
 
-    root = user_cache_path("kvbench") / f"minimile-{VERSION}-seed{SEED}-{SAMPLES}"
-    build = partial(_build, SEED, SAMPLES, FOLDERS)
-    return create_cached(root, MANIFEST, _manifest(SEED, SAMPLES, FOLDERS), build)
+    root = user_cache_path("kvbench") / f"minimile-{VERSION}-seed{seed}-{samples}"
+    build = partial(_build, seed, samples, FOLDERS)
+    return create_cached(root, MANIFEST, _manifest(seed, samples, FOLDERS), build)
 
 
 def _manifest(seed: int, samples: int, folders: Sequence[str]) -> dict[str, Any]:

@@ -1,12 +1,15 @@
-"""Rows of results, each field settable."""
+"""Rows of results, each field settable; small grids on tiny models and drawn data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvbench.evaluation.progress import Silent
+from kvbench.evaluation.request import EvalRequest
 from kvbench.evaluation.rows import SampleRow
 
 FIELDS: dict[str, Any] = {
@@ -71,3 +74,85 @@ def make_row() -> Callable[..., SampleRow]:
         return SampleRow(**{**FIELDS, **failed, **changes})
 
     return make
+
+
+class Listener(Silent):
+    """Remembers what an evaluation says."""
+
+    def __init__(self) -> None:
+        self.total = self.advanced = 0
+        self.cells: list[str] = []
+        self.notes: list[str] = []
+
+    def begin(self, total: int, done: int) -> None:
+        self.total = total
+
+    def cell(self, label: str) -> None:
+        self.cells.append(label)
+
+    def advance(self) -> None:
+        self.advanced += 1
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def listener() -> Listener:
+    """A listener with `total`, `advanced`, `cells` and `notes`."""
+    return Listener()
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """minimile's ObjectExistence and WebQA, six samples each; copy it before breaking it."""
+    from kvbench.tasks.minimile import make
+
+    root = tmp_path_factory.mktemp("drawn") / "data"
+    make(root, samples=6, folders=("ObjectExistence", "WebQA"))
+    return root
+
+
+@pytest.fixture
+def grid(drawn: Path, tiny_llava_folder: Path, tmp_path: Path) -> Callable[..., EvalRequest]:
+    """A request for short answers of the tiny LLaVA; methods, models and tasks as typed."""
+    from kvbench.evaluation import choices
+
+    def make(**changes: Any) -> EvalRequest:
+        typed = {"methods": "fp16", "models": f"tiny={tiny_llava_folder}", "tasks": "oe,wqa"}
+        typed |= {name: changes.pop(name) for name in typed if name in changes}
+        fields: dict[str, Any] = {
+            "methods": choices.choose_methods(typed["methods"]),
+            "models": choices.choose_models(typed["models"]),
+            "tasks": choices.choose_tasks(typed["tasks"]),
+            "protocols": ("quantized_prefill",),
+            "out": tmp_path / "run",
+            "data_root": drawn,
+            "device": "cpu",
+            "max_new_tokens": 4,
+            "calibration_samples": 3,
+        }
+        return EvalRequest(**fields | changes)
+
+    return make
+
+
+@pytest.fixture
+def evaluated(grid: Callable[..., EvalRequest]) -> Callable[..., list[SampleRow]]:
+    """Runs a request of `grid` and returns its rows in the order of the file."""
+    from kvbench.evaluation.run import evaluate
+    from kvbench.evaluation.store import SAMPLES, read_rows
+
+    def run(progress: Any = None, **changes: Any) -> list[SampleRow]:
+        request = grid(**changes)
+        evaluate(request, progress or Silent())
+        return read_rows(request.out / SAMPLES)
+
+    return run
+
+
+@pytest.fixture
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache folder that is empty at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kvbench"

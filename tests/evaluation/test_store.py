@@ -155,7 +155,8 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
 
 def test_a_refused_folder_is_let_go(tmp_path: Path, samples: Path) -> None:
     samples.write_bytes(b"broken\n{}\n")
-    with pytest.raises(UserError, match="line 1"), Store(tmp_path):
+    refused = Store(tmp_path)  # kept: the lock must go by itself, not with the object
+    with pytest.raises(UserError, match="line 1"), refused:
         pass
     samples.unlink()
     with Store(tmp_path) as store:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from kvbench.models.find import find_model
 from kvbench.models.load import LoadedModel, load_model
@@ -53,3 +55,25 @@ def restyled() -> Callable[..., LoadedModel]:
         return dataclasses.replace(loaded, entry=dataclasses.replace(loaded.entry, **fields))
 
     return change
+
+
+@pytest.fixture(params=["prepend", "metaspace"])
+def sentencepiece_like(request) -> PreTrainedTokenizerFast:
+    """One token a letter, `▁` for a blank and before every text; no start token.
+
+    `prepend` is what LLaMA's files on the hub say, `metaspace` what transformers makes of them.
+    """
+    symbols = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "▁", "a", "b", "\n"]
+    vocab = {symbol: index for index, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    if request.param == "prepend":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers
-from transformers import PreTrainedTokenizerFast
 
 from kvbench.errors import UserError
 from kvbench.models.inputs import batch, encode
@@ -56,28 +56,15 @@ def test_qwen_ids_by_hand(qwen2_vl: LoadedModel, noise) -> None:
     assert inputs.images["image_grid_thw"].tolist() == [[1, 6, 4]]
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """Puts a blank before every text that it gets, as LLaMA's tokenizer does."""
-    symbols = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "▁", "a", "b", "\n"]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[], unk_token="<unk>")
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
 def test_every_piece_is_tokenized_as_a_text_of_its_own(
-    llava: LoadedModel, restyled, images
+    llava: LoadedModel, sentencepiece_like, images
 ) -> None:
-    # LLaVA's own code gives the text behind an image a leading blank; one go over the prompt not.
-    loaded = restyled(llava, prompt_style="plain")
-    object.__setattr__(loaded, "processor", Processor(sentencepiece_like(), llava.image_processor))
-    inputs = encode(loaded, "a<ImageHere>\n<ImageHere>b", images)
-    assert inputs.input_ids[~inputs.is_vision].tolist() == [5, 6, 5, 8, 5, 7]
+    # LLaVA's own code gives the text behind an image a leading blank (5), whole prompts do not.
+    entry = dataclasses.replace(llava.entry, prompt_style="plain")
+    processor = Processor(sentencepiece_like, llava.image_processor)
+    loaded = dataclasses.replace(llava, entry=entry, processor=processor)
+    inputs = encode(loaded, "a<ImageHere>\n<ImageHere> b", images)
+    assert inputs.input_ids[~inputs.is_vision].tolist() == [5, 6, 5, 8, 5, 5, 7]
 
 
 def test_adjacent_images_have_nothing_between_them(llava: LoadedModel, restyled, images) -> None:

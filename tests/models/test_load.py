@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 import types
@@ -162,6 +163,12 @@ def test_checkpoint_template_of_an_older_processor(tiny_llava_folder: Path, tmp_
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     entry = dataclasses.replace(find_model(f"mine={folder}"), prompt_style="processor")
     assert load_model(entry).style.render("A <ImageHere> B") == "USER: A <image> B ASSISTANT:"
+
+
+def test_prompt_label_tells_style_and_image_treatment(llava: LoadedModel, restyled) -> None:
+    assert re.fullmatch("llava_llama_2@[0-9a-f]{12}/pad", llava.prompt_label)
+    assert restyled(llava, prompt_style="plain").prompt_label.startswith("plain@")
+    assert restyled(llava, image_aspect="processor").prompt_label.endswith("/processor")
 
 
 def test_no_template_at_all(llava: LoadedModel, restyled) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -29,6 +30,12 @@ def test_importing_the_zoo_leaves_torch_alone() -> None:
     code = "import sys, kvbench.models.find as f; f.find_model('smol_llava'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("entry", [e for e in MODELS.values() if e.loader], ids=lambda e: e.name)
+def test_bundled_loaders_exist(entry: ModelEntry) -> None:
+    module, _, function = entry.loader.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,10 @@ def test_only_packed_storage_may_claim_bytes(make_rows: MakeRows, storage: str) 
     assert (line["cache_bytes"], line["storage"]) == ("", storage)
 
 
-def test_one_sample_asked_in_two_ways_has_no_score(make_rows: MakeRows) -> None:
-    rows = make_rows("kivi", "oe", "++") + make_rows(
-        "kivi", "oe", "-", prompt_sha256="another", key="other"
-    )
+@pytest.mark.parametrize("field", ["prompt_sha256", "images_sha256", "calibration"])
+def test_what_was_run_in_two_ways_has_no_score(make_rows: MakeRows, field: str) -> None:
+    rows = make_rows("kivi", "oe", "++")
+    rows += make_rows("kivi", "oe", "-", key="other", **{field: "another"})
     assert cells(leaderboard_markdown(rows), "KIVI")[1] == "mixed"
 
 

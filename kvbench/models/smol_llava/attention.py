@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-"""query (N, heads, 64), key and value (N, kv_heads, 64), bounds int32 (S + 1,), longest sequence.
 
-Returns (N, heads * 64).
-"""
+class Attention(Protocol):
+    """Causal attention within each sequence."""
+
+    __name__: str
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int
+    ) -> Tensor:
+        """Mixed values (N, heads * 64).
+
+        Args:
+            query: (N, heads, 64).
+            key: (N, kv_heads, 64).
+            value: likewise.
+            bounds: int32 (S + 1,), where sequences begin and the last one ends.
+            longest: length of the longest sequence.
+        """
+
 
 TOLERANCE = 2e-2  # bfloat16 against bfloat16, relative to the largest element
 
@@ -34,14 +48,21 @@ def padded(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: i
 
 def ragged(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
     """Through torch's flash kernel for sequences of different length, without padding."""
-    mixed = torch.ops.aten._flash_attention_forward(
+    mixed: Tensor = torch.ops.aten._flash_attention_forward(
         query, key, value, bounds, bounds, longest, longest, 0.0, True, False
     )[0]
     return mixed.flatten(1)
 
 
-def agree(device: torch.device) -> bool:
-    """Whether both give the same results and gradients on random bfloat16 sequences."""
+def repeated(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    """As `ragged`, for kernels that want as many key and value heads as query heads."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    return ragged(query, key, value, bounds, longest)
+
+
+def agrees(candidate: Attention, device: torch.device) -> bool:
+    """Whether it gives results and gradients of `padded` on random bfloat16 sequences."""
     torch.manual_seed(0)
     bounds = torch.tensor([0, 70, 71, 300, 512], dtype=torch.int32, device=device)
     shapes = ((512, 9, 64), (512, 3, 64), (512, 3, 64), (512, 576))
@@ -49,25 +70,22 @@ def agree(device: torch.device) -> bool:
         torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes
     )
     found = []
-    for attention in (padded, ragged):
-        inputs = [x.clone().requires_grad_() for x in (query, key, value)]
-        mixed = attention(*inputs, bounds, 229)
-        mixed.backward(upstream)
-        found.append([mixed.detach(), *(x.grad for x in inputs if x.grad is not None)])
-    return len(found[0]) == len(found[1]) == 4 and all(
-        bool((a - b).abs().max() <= TOLERANCE * a.abs().max())
-        for a, b in zip(*found, strict=True)
+    for attention in (padded, candidate):
+        q, k, v = (x.clone().requires_grad_() for x in (query, key, value))
+        mixed = attention(q, k, v, bounds, 229)
+        found.append([mixed, *torch.autograd.grad(mixed, (q, k, v), upstream)])
+    return all(
+        bool((a - b).abs().max() <= TOLERANCE * a.abs().max()) for a, b in zip(*found, strict=True)
     )
 
 
 def best(device: torch.device) -> Attention:
-    """`ragged` where the GPU has it and it agrees with `padded`, else `padded`."""
-    if device.type != "cuda":
-        return padded
-    try:
-        if agree(device):
-            return ragged
-        log.warning("the ragged attention kernel disagrees with the padded one")
-    except (RuntimeError, AttributeError, TypeError) as error:
-        log.warning("no ragged attention kernel: %s", error)
+    """The fastest that works on the device and agrees with `padded`."""
+    for candidate in (ragged, repeated) if device.type == "cuda" else ():
+        try:
+            if agrees(candidate, device):
+                return candidate
+            log.warning("attention %r disagrees with the padded one", candidate.__name__)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            log.warning("no attention %r: %.300s", candidate.__name__, error)
     return padded

@@ -68,9 +68,12 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`; the bounds go along."""
-        return Batch(
-            *(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self)
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in self._asdict().items()
+            if torch.is_tensor(value)
+        }
+        return self._replace(**moved)
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,7 @@ class Shape:
 
 def fact_labels(facts: dict[str, str]) -> list[int]:
     """Vocabulary indices of an image's facts, in the order of `ATTRIBUTES`."""
-    return [
-        _VALUE[name][facts[name]] if name in facts else IGNORED for name in ATTRIBUTES
-    ]
+    return [_VALUE[name][facts[name]] if name in facts else IGNORED for name in ATTRIBUTES]
 
 
 def groups(examples: Iterable[Example], shape: Shape) -> Iterator[list[Example]]:
@@ -127,8 +128,11 @@ def pack(examples: list[Example], shape: Shape, pad: int, held_out: bool = False
     positions = np.zeros(shape.tokens, np.int64)
     pixels = np.zeros((shape.images, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     facts = np.full((shape.images, len(ATTRIBUTES)), IGNORED, np.int64)
-    bounds, starts, sources, weights, letters = [0], [], [], [], []
-    image = 0
+    bounds, image = [0], 0
+    starts: list[int] = []
+    sources: list[int] = []
+    weights: list[float] = []
+    letters: list[int] = []
     for example in examples:
         start, end = bounds[-1], bounds[-1] + len(example.ids)
         ids[start:end] = example.ids
@@ -181,8 +185,10 @@ class Dials:
     @classmethod
     def fresh(cls) -> Dials:
         """All tasks equally often, further turns always."""
-        tasks = torch.ones(len(FOLDERS), dtype=torch.float64).share_memory_()
-        return cls(tasks, torch.ones(1, dtype=torch.float64).share_memory_())
+        dials = cls(torch.ones(len(FOLDERS)).double(), torch.ones(1).double())
+        for tensor in (dials.tasks, dials.further):
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return dials
 
 
 class Stream(IterableDataset[Batch]):
@@ -235,11 +241,10 @@ def start_workers(stream: Stream, workers: int, pinned: bool) -> Iterator[Batch]
         free = os.statvfs("/dev/shm")
         room = free.f_bavail * free.f_frsize / 2
         size = stream.shape.images * IMAGE_SIZE**2 * 3 + 40 * stream.shape.tokens
+        workers = int(max(1, min(workers, room // size)))
         queued = {
             "prefetch_factor": int(max(1, min(6, room // (workers * size)))),
             "multiprocessing_context": "fork",
         }
-    loader = DataLoader(
-        stream, batch_size=None, num_workers=workers, pin_memory=pinned, **queued
-    )
+    loader = DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pinned, **queued)
     return iter(loader)

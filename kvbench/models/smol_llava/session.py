@@ -25,15 +25,6 @@ from kvbench.tasks.easy_vqa import source as easy_vqa_source
 log = logging.getLogger(__name__)
 
 
-def smoke(options: argparse.Namespace) -> argparse.Namespace:
-    """Sizes with which a run takes a minute on a CPU."""
-    options.tokens, options.held_out, options.workers = 2048, 1, min(1, options.workers)
-    options.alone_seconds, options.reserve_seconds, options.log_seconds = 4.0, 12.0, 2.0
-    options.rank, options.plain = 4, True
-    options.minutes = min(options.minutes, 1.0)
-    return options
-
-
 def sequencer(tokenizer: Any) -> Sequencer:
     """What turns drawings into tokens of a transformers tokenizer."""
     backend = tokenizer.backend_tokenizer
@@ -53,7 +44,8 @@ def language_model(folder: Path, tiny: bool) -> Any:
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = 2, 192, 256
     config.num_attention_heads, config.num_key_value_heads = 3, 1
-    return LlamaForCausalLM(config).float()
+    model: Any = LlamaForCausalLM(config)
+    return model.float()
 
 
 @dataclass
@@ -77,7 +69,6 @@ class Session:
         Raises:
             UserError: SmolLM2, easy-VQA or the state to resume are missing.
         """
-        options = smoke(options) if options.smoke else options
         options.state = options.state or options.out / "state"
         restored, progress = (
             checkpoint.read(options.resume) if options.resume else ({}, checkpoint.Progress())
@@ -103,15 +94,14 @@ class Session:
             checkpoint.restore_weights(trainee, restored)
         words = objectives.word_vectors(network.language.embedding, tokens.encode)
         source = training.Source(batches, device)
-        session = cls(
-            options, deadline, device, source, dials, trainee, words, progress, restored
-        )
+        session = cls(options, deadline, device, source, dials, trainee, words, progress, restored)
         log.info("models loaded on %s, torch %s, %s", device, torch.__version__, progress)
         return session
 
     def left(self) -> float:
         """Seconds until training must stop."""
-        return self.deadline - time.monotonic() - self.options.reserve_seconds
+        reserve: float = self.options.reserve_seconds
+        return self.deadline - time.monotonic() - reserve
 
     def warm_up(self) -> None:
         """Chooses attention and compiles all functions on one batch; changes no weight."""
@@ -144,9 +134,7 @@ class Session:
         """The tower alone."""
         seconds = min(self.options.alone_seconds, self.left())
         every = min(self.options.log_seconds, seconds / 4)
-        training.train_alone(
-            self.trainee, self.source, self.words, seconds, self.rates(), every
-        )
+        training.train_alone(self.trainee, self.source, self.words, seconds, self.rates(), every)
 
     def train_jointly(self) -> None:
         """Everything, until `left` says stop."""

@@ -36,10 +36,11 @@ class TowerLayer(nn.Module):
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
-    def weights(self) -> tuple[Tensor, ...]:
-        """In the order that `vision_layer` takes them."""
-        parts = (self.norm1, self.qkv, self.out, self.norm2, self.up, self.down)
-        return tuple(x for part in parts for x in (part.weight, part.bias))
+
+def _weights(layer: Any) -> tuple[Tensor, ...]:
+    """A layer's weights and biases in the order that `vision_layer` takes them."""
+    parts = (layer.norm1, layer.qkv, layer.out, layer.norm2, layer.up, layer.down)
+    return tuple(x for part in parts for x in (part.weight, part.bias))
 
 
 class Tower(nn.Module):
@@ -60,8 +61,8 @@ class Tower(nn.Module):
         x = x.reshape(-1, SIDE * SIDE, 3 * PATCH * PATCH)  # a patch as the convolution sees it
         x = F.linear(x, self.patches.weight.to(dtype), self.patches.bias.to(dtype)).float()
         x = x + self.positions
-        for weights in self.layers:
-            x = layer(x, weights.weights(), dtype)
+        for part in self.layers:
+            x = layer(x, _weights(part), dtype)
         return x
 
     def exported(self) -> dict[str, Tensor]:

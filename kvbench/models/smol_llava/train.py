@@ -39,22 +39,42 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--held-out", type=int, default=200, help="held-out samples a task")
     add("--rate-alone", type=float, default=1e-3)
     add("--rate-vision", type=float, default=6e-4)
-    add("--rate-factors", type=float, default=1e-3)
+    add("--rate-factors", type=float, default=1.5e-3)
     add("--rank", type=int, default=40)
     add("--seed", default="0", help="of weights and training samples")
     add("--log-seconds", type=float, default=15.0)
     add("--plain", action="store_true", help="do not compile")
     add("--smoke", action="store_true", help="tiny random language model, a few steps, on the CPU")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    return smoke(options) if options.smoke else options
 
 
-def start_log(folder: Path) -> None:
-    """Lines with seconds since the start, on the terminal and in OUT/train.log."""
-    folder.mkdir(parents=True, exist_ok=True)
-    logging.Formatter.converter = time.gmtime
-    form = logging.Formatter("%(relativeCreated)7.0f ms %(message)s")
+def smoke(options: argparse.Namespace) -> argparse.Namespace:
+    """Sizes with which a run takes a minute on a CPU."""
+    options.tokens, options.held_out, options.workers = 2048, 1, min(1, options.workers)
+    options.alone_seconds, options.reserve_seconds, options.log_seconds = 4.0, 12.0, 2.0
+    options.rank, options.plain = 4, True
+    options.minutes = min(options.minutes, 1.0)
+    return options
+
+
+class Elapsed(logging.Formatter):
+    """Gives every line the seconds since the start."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        record.elapsed = time.monotonic() - START
+        return super().format(record)
+
+
+def start_log(file: Path | None) -> None:
+    """Lines with seconds since the start, on the terminal and in `file`."""
+    form = Elapsed("%(elapsed)6.1f s %(message)s")
     log.setLevel(logging.INFO)
-    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "train.log")):
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if file:
+        handlers.append(logging.FileHandler(file))
+    for handler in handlers:
         handler.setFormatter(form)
         log.addHandler(handler)
 
@@ -66,15 +86,19 @@ def main(words: list[str] | None = None) -> int:
     options = arguments(words)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
-        start_log(options.out)
+        options.out.mkdir(parents=True, exist_ok=True)
+        start_log(None if options.export else options.out / "train.log")
         if options.export:
             return export(options.export, options.out)
         return run(options)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    finally:
+        for handler in list(log.handlers):
+            log.removeHandler(handler)
+            handler.close()
 
 
 def run(options: argparse.Namespace) -> int:
@@ -98,8 +122,6 @@ def export(source: Path, target: Path) -> int:
     path = export_weights(source, target / "weights.safetensors")
     log.info("%s: %.1f MB", path, path.stat().st_size / 1e6)
     return 0
-
-
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Rates:
 
     alone: float = 1e-3
     vision: float = 6e-4
-    factors: float = 1e-3
+    factors: float = 1.5e-3
 
 
 class Source:
@@ -112,7 +112,7 @@ def alone_step(trainee: Trainee, batch: Batch, words: Tensor) -> tuple[Tensor, T
     loss = objectives.fact_loss(logits, batch.facts) + objectives.alignment_loss(
         pooling, features, words, trainee.heads.valid, batch.facts
     )
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach(), objectives.fact_hits(logits.detach(), batch.facts)
 
 
@@ -127,7 +127,8 @@ def joint_step(trainee: Trainee, batch: Batch, share: float = 1.0) -> tuple[Tens
     logits, tokens = trainee.network(batch)
     loss = objectives.answer_loss(logits, batch)
     facts = objectives.fact_loss(trainee.heads(tokens)[1], batch.facts)
-    (share * (loss + FACTS_JOINTLY * facts)).backward()
+    whole = share * (loss + FACTS_JOINTLY * facts)
+    whole.backward()  # type: ignore[no-untyped-call]
     return loss.detach(), objectives.letter_hits(logits.detach(), batch)
 
 
@@ -178,6 +179,21 @@ def train_alone(
             _tell_facts("tower", steps, elapsed, loss, hits, source)
             told, hits = time.monotonic(), torch.zeros_like(hits)
     _tell_facts("tower, last", steps, seconds, loss, hits, source)
+    match_norm(trainee.network, source.next())
+
+
+@torch.no_grad()
+def match_norm(network: Network, batch: Batch) -> None:
+    """Scales the projector so that its tokens are as long as the language model's embeddings.
+
+    Alignment looks at directions only, so it leaves the length to chance.
+    """
+    _, features = network.image_features(batch.pixels[:64])
+    wanted = network.language.embedding.float().norm(dim=-1).median()
+    factor = wanted / features.float().norm(dim=-1).median()
+    network.projector.linear_2.weight.mul_(factor)
+    network.projector.linear_2.bias.mul_(factor)
+    log.info("projected tokens scaled by %.2f", factor.item())
 
 
 def _tell_facts(
@@ -223,14 +239,15 @@ class Joint:
     save_every: float = 180.0
 
     def run(self, seconds: float, steps: int | None = None) -> None:
-        """Trains for `seconds` of wall clock, or fewer `steps`."""
+        """Trains for `seconds` of wall clock, or `steps` if they take less; one step at least."""
         self.skills = Skills(len(FOLDERS))
         self.hits = torch.zeros(len(FOLDERS), 3, device=self.source.device)
+        self.recent = torch.zeros(len(FOLDERS), 3)
         before, start = self.progress.seconds, time.monotonic()
         told = turned = saved = start
         first, pace = self.progress.steps, Pace()
         self.told_at = (start, self.progress.samples)
-        while (now := time.monotonic()) - start < seconds:
+        while (now := time.monotonic()) - start < seconds or self.progress.steps == first:
             self.progress.seconds = before + now - start
             fresh = min(1.0, (now - start) / 5)  # a restarted optimizer needs a warm-up of its own
             loss, norm = self._step(min(1.0, self.progress.seconds / self.horizon), fresh)
@@ -265,8 +282,9 @@ class Joint:
 
     def _turn_dials(self) -> None:
         """Measures skills since the last time and lets workers draw accordingly."""
-        self.skills.update(self.hits.cpu())
-        self.recent, self.hits = self.hits.cpu(), torch.zeros_like(self.hits)
+        hits = self.hits.cpu()
+        self.skills.update(hits)
+        self.recent, self.hits = self.recent + hits, torch.zeros_like(self.hits)
         self.dials.tasks.copy_(task_weights(self.skills.value))
         self.dials.further.fill_(further_share(self.progress.seconds / self.horizon))
 
@@ -278,6 +296,7 @@ class Joint:
             for folder, (right, seen, _) in zip(FOLDERS, self.recent.tolist(), strict=True)
             if seen
         }
+        self.recent = torch.zeros_like(self.recent)
         log.info(
             "joint: step %d, %.0f s, %d samples, %.0f samples/s, loss %.3f, norm %.2f, rate %.1e, "
             "waited %.1f s, further %.2f, percent right %s",

@@ -46,10 +46,9 @@ def save(state: dict[str, Tensor], path: Path, scale: float, **notes: str) -> No
     """Writes weights of `exported` as bfloat16, with the factors' scale and notes as metadata."""
     from safetensors.torch import save_file
 
-    shipped = {
-        name: x.to("cpu", torch.bfloat16).contiguous().clone() for name, x in state.items()
-    }
+    shipped = {name: x.to("cpu", torch.bfloat16).contiguous().clone() for name, x in state.items()}
     save_file(shipped, path, {"scale": repr(scale), **notes})
+    path.chmod(0o644)  # package data; safetensors makes files for their owner alone
 
 
 def read(path: Path = WEIGHTS) -> tuple[dict[str, Tensor], dict[str, Any]]:

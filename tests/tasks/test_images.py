@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from kvbench.errors import UserError
-from kvbench.tasks.milebench import images
-from kvbench.tasks.milebench.images import open_image
+from kvbench.tasks import images
+from kvbench.tasks.images import open_image
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> Image.Image:

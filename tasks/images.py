@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -59,6 +60,25 @@ def _missing(task_folder: Path, name: str, where: str) -> UserError:
     )
 
 
+def image_bytes(path: Path) -> bytes:
+    """Reads an image's file as it is.
+
+    Raises:
+        UserError: the file is missing, larger than `MAX_FILE_BYTES` or unreadable.
+    """
+    try:
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise UserError(
+                f"{path}: {size:,} bytes are too large for an image, the limit is "
+                f"{MAX_FILE_BYTES:,}; scale it down"
+            )
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the image is missing; restore the file") from error
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror}); check its rights") from error
+
+
 def open_image(path: Path) -> Image:
     """Reads an image completely and converts it to RGB.
 
@@ -71,13 +91,9 @@ def open_image(path: Path) -> Image:
     """
     from PIL import Image, UnidentifiedImageError
 
+    content = io.BytesIO(image_bytes(path))
     try:
-        if (size := path.stat().st_size) > MAX_FILE_BYTES:
-            raise UserError(
-                f"{path}: {size:,} bytes are too large for an image, the limit is "
-                f"{MAX_FILE_BYTES:,}; scale it down"
-            )
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(content, formats=FORMATS) as image:
             _check_pixels(path, *image.size)
             return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -86,8 +102,6 @@ def open_image(path: Path) -> Image:
         raise UserError(
             f"{path}: not an image of a known format ({', '.join(FORMATS)}); convert or restore it"
         ) from error
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: the image is missing; restore the file") from error
     except _DAMAGE as error:
         raise UserError(f"{path}: the image is damaged ({error}); restore the file") from error
 

@@ -1,0 +1,143 @@
+"""Stored bytes, to the byte, against the formulas of each method's cost.
+
+bits = 16 · exact tokens + (code bits + metadata bits / group) · the others, for keys and for values,
+plus a byte on each side for every token in a window (the bits that it waits for) and, where keys are
+stored before RoPE, four bytes a token for its place in the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from kvbench import quantized_cache
+from kvbench.cache import Calibration, LayerSpec
+from kvbench.registry import METHODS
+
+H, D, PROMPT, TOTAL = 2, 16, 37, 70
+EXACT = 2 * D  # bytes of a bfloat16 vector
+VISION = range(5, 25)
+PIVOTS = (0, 9, 33)  # of the prompt; 33 is in the window at first
+GROUP = 8  # as in the fixture `small`: windows of 8, residual 16, 2 sinks
+
+
+def packed(bits: int) -> int:
+    """Bytes of one vector's codes with four bytes of metadata for each group of 8."""
+    return D * bits // 8 + D // GROUP * 4
+
+
+def rtn(bits: int) -> Callable[[int, bool], int]:
+    return lambda length, salient: 2 * H * length * packed(bits)
+
+
+def kivi(length: int, salient: bool) -> int:
+    """Keys: 8 tokens of a channel share metadata; the rest of 16 is exact, as the last 16 values."""
+    old_keys, old_values = length - length % 16, max(length - 16, 0)
+    keys = H * (old_keys * D * 2 // 8 + old_keys // GROUP * D * 4 + (length - old_keys) * EXACT)
+    values = H * (old_values * packed(2) + (length - old_values) * EXACT)
+    return keys + values + (length - old_keys) + (length - old_values)
+
+
+def skvq(length: int, salient: bool) -> int:
+    """Four groups of 8 over both heads; each token's place in the sequence for its RoPE."""
+    exact = min(length, 2 + 8)
+    vector = H * D * 2 // 8 + 4 * 4
+    return 2 * (exact * H * EXACT + (length - exact) * vector) + 2 * min(length, 8) + 4 * length
+
+
+def akvq(length: int, salient: bool) -> int:
+    """8 recent tokens exact; others 4 bits (text) and 2 (vision), or 2 with three pivots exact."""
+    old = range(length - 8)
+    if salient:
+        stored = sum(packed(2 if token in VISION else 4) for token in old)
+    else:
+        stored = sum(EXACT if token in PIVOTS else packed(2) for token in old)
+    return 2 * (H * (stored + 8 * EXACT) + 8)
+
+
+def without_pivots(length: int, salient: bool) -> int:
+    if salient:
+        return akvq(length, True)
+    return 2 * (H * ((length - 8) * packed(2) + 8 * EXACT) + 8)
+
+
+FORMULAS: dict[str, Callable[[int, bool], int]] = {
+    "fp16": lambda length, salient: 2 * H * length * EXACT,
+    "rtn_int4": rtn(4),
+    "rtn_int2": rtn(2),
+    "rtn_int2_wht": rtn(2),
+    "smoothquant": rtn(2),
+    "kivi": kivi,
+    "skvq": skvq,
+    "akvq_vl": akvq,
+    "rtn_int2_wht_tsa": without_pivots,
+}
+
+
+def test_every_built_in_method_has_a_formula(quantizer_name: str) -> None:
+    if METHODS.origin(quantizer_name).startswith("kvbench.methods."):
+        assert quantizer_name in FORMULAS
+
+
+@pytest.mark.parametrize("salient", [True, False])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_bytes_equal_the_formula_at_every_step(
+    tiny_text_model, calibrated, small, driver, random_states, name: str, salient: bool
+) -> None:
+    model = tiny_text_model().model
+    drive = driver(
+        small(name),
+        LayerSpec(1, 2, 4, H, D, text_salient=salient),
+        "quantized_prefill",
+        calibration=equal_clusters(calibrated(model)) if name == "skvq" else calibrated(model),
+        rotary=LlamaRotaryEmbedding(LlamaConfig(hidden_size=64, num_attention_heads=4)),
+    )
+    states = [x.bfloat16() for x in random_states(TOTAL)]
+    vision = torch.tensor([[token in VISION for token in range(TOTAL)]])
+    residual = torch.zeros(1, PROMPT, 4)
+    residual[0, list(PIVOTS), 2] = 100.0
+    for start, end in zip([0, *range(PROMPT, TOTAL)], range(PROMPT, TOTAL + 1), strict=False):
+        parts = [x[:, :, start:end] for x in states]
+        drive.step(*parts, vision=vision[:, start:end], residual=None if start else residual)
+        expected = FORMULAS[name](end, salient)
+        assert drive.layer.nbytes == expected
+        assert drive.layer.row_nbytes(0) == expected
+        assert sum(drive.layer.elements) == 2 * H * D * end
+
+
+def equal_clusters(calibration: Calibration) -> Calibration:
+    """Statistics whose channels fall into four groups of eight for every k-means."""
+    kinds = (torch.arange(32) % 4).float().view(1, 2, 16).expand(2, -1, -1) * 10 + 1
+    ends = {f"{side}_min": -kinds for side in ("key", "value")}
+    ends |= {f"{side}_max": kinds for side in ("key", "value")}
+    return Calibration({**calibration.statistics, **ends})
+
+
+@pytest.mark.parametrize("name", ["fp16", "rtn_int4", "kivi", "skvq[reorder=false]"])
+def test_the_cache_adds_its_layers_up(tiny_text_model, name: str) -> None:
+    model = tiny_text_model(layers=3).model
+    cache = quantized_cache(model, name)
+    with torch.no_grad():
+        model(torch.arange(20, 170)[None], past_key_values=cache)
+    layers = sum(layer.nbytes for layer in cache.layers)
+    positions = 150 * 4 if name.startswith("skvq") else 0  # int32, shared by all layers
+    assert cache.nbytes() == layers + positions
+    elements = 3 * 2 * 150 * H * D
+    assert cache.bits_per_element() == pytest.approx(8 * (layers + positions) / elements)
+    [row] = cache.rows()
+    assert row.nbytes == cache.nbytes()
+    assert row.elements == elements
+    assert row.packed_tokens_read == cache.packed_tokens_read
+
+
+def test_fp16_takes_sixteen_bits(tiny_text_model) -> None:
+    tiny = tiny_text_model(seed=3)
+    model = type(tiny.model)(tiny.model.config).to(torch.bfloat16).eval()
+    cache = quantized_cache(model, "fp16")
+    with torch.no_grad():
+        model(torch.arange(20, 60)[None], past_key_values=cache)
+    assert cache.bits_per_element() == 16.0
