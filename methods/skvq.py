@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -32,8 +33,8 @@ class SKVQ:
     """Per token over all heads, groups of uneven size found by k-means on (min, max) of a channel.
 
     Keys are stored before RoPE. The paper searches the clip ratio a group; the released code uses
-    one number, as here. Deviations from that code: real packing instead of simulation, codes computed
-    with the metadata as stored, positions of each token under padding and M-RoPE.
+    one number, as here. Deviations from that code: real packing instead of simulation, codes
+    computed with the metadata as stored, each token's own position under padding and M-RoPE.
     """
 
     label: ClassVar[str] = "SKVQ"
@@ -103,7 +104,10 @@ def _kmeans(
     low: tuple[float, ...], high: tuple[float, ...], count: int, seed: int
 ) -> tuple[Tensor, tuple[int, ...]]:
     points = np.array([low, high], dtype=np.float64).T
-    _, labels = kmeans2(points, count, minit="++", seed=np.random.default_rng(seed))
+    count = min(count, len(np.unique(points, axis=0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a cluster may stay empty: the others are then larger
+        _, labels = kmeans2(points, count, minit="++", seed=np.random.default_rng(seed))
     sizes = np.bincount(labels, minlength=count)
     order = torch.from_numpy(np.argsort(labels, kind="stable"))
     return order, tuple(int(size) for size in sizes if size)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from kvbench.cache.attention import StoredStates, attention
@@ -32,7 +32,7 @@ STATISTICS = {
 }
 
 
-class _StatisticsLayer(CacheLayerMixin):  # type: ignore[misc]
+class _StatisticsLayer(CacheLayerMixin):
     """Exact attention over one prompt that remembers extremes of every channel."""
 
     is_sliding = False
@@ -45,7 +45,7 @@ class _StatisticsLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(
+    def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[StoredStates, StoredStates]:
         step = StoredStates(self, key_states, value_states)  # type: ignore[arg-type]
@@ -100,8 +100,10 @@ class _StatisticsLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._seen + query_length, 0
 
 
-class _StatisticsCache(Cache):  # type: ignore[misc]
+class _StatisticsCache(Cache):
     """A cache that only watches."""
+
+    layers: list[_StatisticsLayer]  # type: ignore[assignment]
 
     def __init__(self, specs: list[LayerSpec]) -> None:
         self.observed = Observed(Needs(), pre_rope=True)
@@ -115,7 +117,7 @@ class _StatisticsCache(Cache):  # type: ignore[misc]
 
 @torch.no_grad()
 def calibrate_statistics(
-    model: nn.Module, prompts: Iterable[Mapping[str, Any]], manifest: Mapping[str, str]
+    model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], manifest: Mapping[str, str]
 ) -> Calibration:
     """Run prompts (keyword arguments of the model's forward) and collect every statistic.
 
@@ -129,7 +131,8 @@ def calibrate_statistics(
     cache = _StatisticsCache(specs)
     count = 0
     with observing(model):
-        for count, prompt in enumerate(prompts, 1):
+        for prompt in prompts:
+            count += 1
             cache.restart()
             model(**prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     if not count:
@@ -146,7 +149,7 @@ def calibrate_statistics(
 def _output_weights(model: nn.Module, specs: list[LayerSpec]) -> Tensor:
     """(layers, H, D): largest |W_O| over rows and over the query heads that share a value head."""
     rows = []
-    for layer, spec in zip(decoder_stack(model).layers, specs, strict=True):  # type: ignore[arg-type]
+    for layer, spec in zip(decoder_stack(model).layers, specs, strict=True):
         weight = layer.self_attn.o_proj.weight.detach().float().abs().amax(0)
         rows.append(weight.view(spec.num_kv_heads, -1, spec.head_dim).amax(1).cpu())
     return torch.stack(rows)

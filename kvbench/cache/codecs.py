@@ -8,7 +8,7 @@ NaN.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -23,10 +23,9 @@ Zero = Literal["int", "float", "symmetric"]
 ClipMode = Literal["scale", "midpoint"]
 _HALF_MAX = 65504.0
 _HALF_TINY = 2.0**-24
-_HUGE = 2.0**120  # sums and differences of numbers below it are finite in float32
 _ZERO_MAX = 32000.0
-"""Steps between an integer zero point and the smallest value: with float16's rounding it fits int16.
-A narrower group far from zero gets wider steps, still finer than float16's own."""
+"""Steps between an integer zero point and the smallest value: rounded by float16 it fits int16. A
+narrower group far from zero gets wider steps, still finer than float16's own."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,9 @@ class Affine:
 
     zero="int" is F2, AKVQ-VL eq. 3-6 (float16 scale, int16 zero point, not clamped to the codes);
     zero="float" is F1, KIVI and SKVQ (float16 scale and minimum); zero="symmetric" is F4,
-    SmoothQuant     (float16 scale alone). `group` is a number of neighbours, or the sizes of uneven channel groups.
-    `clip` multiplies both ends of the range ("scale") or shrinks it about its middle ("midpoint").
-    `metadata` "fp8" stores scale and minimum as float8 e4m3 (zero="float" only).
+    SmoothQuant (float16 scale alone). `group` is a number of neighbours, or the sizes of uneven
+    channel groups. `clip` multiplies both ends of the range ("scale") or shrinks it about its
+    middle ("midpoint"). `metadata` "fp8" stores scale and minimum as float8 e4m3, for zero="float".
     """
 
     bits: int
@@ -116,63 +115,66 @@ class Affine:
     def encode(self, x: Tensor) -> Packed:
         """(B, H, n, C) to codes uint8 and metadata; n must be a multiple of `block`."""
         grouped = self._grouped(x.float())
-        meta = self._metadata(grouped)
-        codes = self._codes(x.float(), [self._spread(m, x.shape) for m in meta])
-        if self.along == "tokens":
-            codes = codes.unflatten(2, (-1, self.block))
+        meta = self._metadata(*self._ends(grouped))
+        codes = self._codes(grouped, [self._spread(m).float() for m in meta])
+        if self._even:
+            codes = codes.flatten(-2)
         if self.metadata == "fp8":
             meta = tuple(m.view(torch.uint8) for m in meta)  # few operations know float8
         return pack(codes, self.bits), *meta
 
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         """Codes and metadata to (B, H, n, C)."""
-        codes = unpack(packed[0], self.bits)
-        if self.along == "tokens":
-            codes = codes.flatten(2, 3)
-        meta = packed[1:]
+        codes, meta = unpack(packed[0], self.bits), packed[1:]
         if self.metadata == "fp8":
-            meta = tuple(m.view(torch.float8_e4m3fn) for m in meta)
-        scale, *offset = (self._spread(m, codes.shape) for m in meta)
-        steps = codes.to(scale.dtype)
+            meta = tuple(m.view(torch.float8_e4m3fn).float() for m in meta)
+        grouped = codes.unflatten(-1, (-1, self.group)) if self._even else codes
+        scale, *offset = map(self._spread, meta)
+        steps = grouped.float()
         if self.zero == "symmetric":
-            return (scale * (steps - 2 ** (self.bits - 1))).to(dtype)
-        if self.zero == "int":
-            return (scale * (steps - offset[0])).to(dtype)
-        return torch.addcmul(offset[0], steps, scale).to(dtype)
+            values = steps.sub_(2 ** (self.bits - 1)).mul_(scale)
+        elif self.zero == "int":
+            values = steps.sub_(offset[0]).mul_(scale)
+        else:
+            values = steps.mul_(scale).add_(offset[0])
+        if self.along == "tokens":
+            values = values.flatten(2, 3)
+        return (values.flatten(-2) if self._even else values).to(dtype)
 
     @property
     def _levels(self) -> int:
         return int(2**self.bits - 1)
 
-    @cached_property
-    def _group_of_channel(self) -> Tensor:
-        sizes = self.group if isinstance(self.group, tuple) else ()
-        return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    @property
+    def _even(self) -> bool:
+        return self.along == "channels" and isinstance(self.group, int)
 
-    def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _grouped(self, x: Tensor) -> Tensor:
+        """(B, H, n, C) with groups along a dimension of their own, if they are all of one size."""
+        if self.along == "tokens":
+            return x.unflatten(2, (-1, self.block))
+        return x.unflatten(-1, (-1, self.group)) if isinstance(self.group, int) else x
+
+    def _ends(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of every group, shaped like the metadata."""
         if self.along == "tokens":
-            blocks = x.unflatten(2, (-1, self.block))
-            return blocks.amin(3), blocks.amax(3)
+            return torch.aminmax(grouped, dim=3)
         if isinstance(self.group, int):
-            blocks = x.unflatten(-1, (-1, self.group))
-            return blocks.amin(-1), blocks.amax(-1)
-        index = self._group_of_channel.to(x.device).expand(x.shape)
-        empty = x.new_zeros(*x.shape[:-1], len(self.group))
-        low = empty.scatter_reduce(-1, index, x, "amin", include_self=False)
-        return low, empty.scatter_reduce(-1, index, x, "amax", include_self=False)
+            return torch.aminmax(grouped, dim=-1)
+        index = _group_of_channel(self.group, grouped.device).expand(grouped.shape)
+        empty = grouped.new_zeros(*grouped.shape[:-1], len(self.group))
+        low = empty.scatter_reduce(-1, index, grouped, "amin", include_self=False)
+        return low, empty.scatter_reduce(-1, index, grouped, "amax", include_self=False)
 
-    def _spread(self, meta: Tensor, shape: torch.Size) -> Tensor:
-        """Metadata of groups in float32, broadcastable to the elements (B, H, n, C)."""
-        meta = meta.float()
+    def _spread(self, meta: Tensor) -> Tensor:
+        """Metadata of groups, broadcastable to `_grouped`."""
         if self.along == "tokens":
-            return meta.repeat_interleave(self.block, 2)
+            return meta.unsqueeze(3)
         if isinstance(self.group, int):
-            return meta if meta.shape[-1] == 1 else meta.repeat_interleave(self.group, -1)
-        return meta[..., self._group_of_channel.to(meta.device)]
+            return meta.unsqueeze(-1)
+        return meta.index_select(-1, _group_of_channel(self.group, meta.device))
 
-    def _metadata(self, ends: tuple[Tensor, Tensor]) -> Packed:
-        low, high = (end.clamp(-_HUGE, _HUGE) for end in ends)
+    def _metadata(self, low: Tensor, high: Tensor) -> Packed:
         if self.zero == "symmetric":
             largest = torch.maximum(low.abs(), high.abs())
             # SmoothQuant floors absmax at 1e-5; a zero group must decode to zero all the same.
@@ -181,27 +183,31 @@ class Affine:
         clipped_low, clipped_high = self._clipped(low, high)
         scale = self._rounded((clipped_high - clipped_low) / self._levels).float()
         constant = scale == 0
-        middle = ((low + high) / 2).clamp(-_HALF_MAX, _HALF_MAX)
+        if self.zero == "int":
+            scale = torch.maximum(scale, clipped_low.abs() / _ZERO_MAX)
+            scale = scale.clamp_max(_HALF_MAX).half()
+            zero = torch.round(clipped_low / -scale.float())
+        # Constants are rare, and on a CPU it is cheaper to look for them than to fill them in.
+        if constant.is_cpu and not bool(constant.any()):
+            if self.zero == "int":
+                return scale, zero.clamp(-32768, 32767).to(torch.int16)
+            return self._rounded(scale), self._rounded(clipped_low)
+        middle = (low / 2 + high / 2).clamp(-_HALF_MAX, _HALF_MAX)
         if self.zero == "float":
-            scale = scale.masked_fill(constant, 1.0)
             offset = torch.where(constant, middle, clipped_low)
-            return self._rounded(scale), self._rounded(offset)
-        scale = torch.maximum(scale, clipped_low.abs() / _ZERO_MAX)
-        return self._integer_metadata(scale, clipped_low, middle.half().float(), constant)
-
-    def _integer_metadata(
-        self, scale: Tensor, low: Tensor, middle: Tensor, constant: Tensor
-    ) -> Packed:
-        """A constant v is scale |v|, zero point -sign(v), code 0."""
-        size = torch.where(middle == 0, 1.0, middle.abs())
-        scale = torch.where(constant, size, scale).clamp_max(_HALF_MAX).half()
-        zero = torch.where(constant, -middle.sign(), torch.round(-low / scale.float()))
+            return self._rounded(scale.masked_fill(constant, 1.0)), self._rounded(offset)
+        # A constant v is scale |v|, zero point -sign(v), code 0.
+        size = middle.half().abs()
+        scale = torch.where(constant, size.masked_fill(size == 0, 1.0), scale)
+        zero = torch.where(constant, -middle.half().sign(), zero)
         return scale, zero.clamp(-32768, 32767).to(torch.int16)
 
     def _clipped(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.clip == 1.0:
+            return low, high
         if self.clip_mode == "scale":
             return low * self.clip, high * self.clip
-        middle, half = (low + high) / 2, (high - low) / 2 * self.clip
+        middle, half = low / 2 + high / 2, (high / 2 - low / 2) * self.clip
         return middle - half, middle + half
 
     def _rounded(self, meta: Tensor) -> Tensor:
@@ -218,3 +224,10 @@ class Affine:
             codes = torch.round(x / scale) + meta[1]
             return codes.clamp(0, self._levels).to(torch.uint8)
         return torch.round((x - meta[1]) / scale).clamp(0, self._levels).to(torch.uint8)
+
+
+@lru_cache(maxsize=512)
+def _group_of_channel(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """(C,) int64, the group that each channel belongs to."""
+    groups = torch.arange(len(sizes), device=device)
+    return groups.repeat_interleave(torch.tensor(sizes, device=device))

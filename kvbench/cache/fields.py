@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kvbench.errors import UserError
 
-_hints = lru_cache(maxsize=None)(get_type_hints)
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def check_fields(instance: Any) -> None:
@@ -18,7 +21,7 @@ def check_fields(instance: Any) -> None:
     Raises:
         UserError: a value has another type, isn't finite, or is none of the choices.
     """
-    hints = _hints(type(instance))
+    hints = _hints(instance.__class__)
     for field in fields(instance):
         value, kind = getattr(instance, field.name), hints[field.name]
         if not _fits(value, kind):

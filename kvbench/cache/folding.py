@@ -24,10 +24,10 @@ def folded_values(bound: BoundMethod) -> Iterator[BoundMethod]:
     Raises:
         UserError: a transform has no matrix, or the model's projections aren't separate linears.
     """
-    saved: list[tuple[nn.Parameter, Tensor]] = []
+    saved: list[tuple[Tensor, Tensor]] = []
     try:
         layers = decoder_stack(bound.model).layers
-        for layer, quantizer, spec in zip(layers, bound.quantizers, bound.specs, strict=True):  # type: ignore[arg-type]
+        for layer, quantizer, spec in zip(layers, bound.quantizers, bound.specs, strict=True):
             matrices = quantizer.value.transform.matrices(spec)
             if matrices is None:
                 raise UserError("this method's value transform can't be folded into the weights.")
@@ -39,7 +39,7 @@ def folded_values(bound: BoundMethod) -> Iterator[BoundMethod]:
 
 
 def _fold(
-    module: nn.Module, matrices: Tensor, spec: LayerSpec, saved: list[tuple[nn.Parameter, Tensor]]
+    module: nn.Module, matrices: Tensor, spec: LayerSpec, saved: list[tuple[Tensor, Tensor]]
 ) -> None:
     """Replace v by v M (rows of W_V, bias) and o by o M⁻¹ (columns of W_O), head by head."""
     v_proj, o_proj = getattr(module, "v_proj", None), getattr(module, "o_proj", None)
@@ -58,7 +58,7 @@ def _fold(
 
 
 def _replace(
-    parameter: nn.Parameter, value: Tensor, saved: list[tuple[nn.Parameter, Tensor]]
+    parameter: Tensor, value: Tensor, saved: list[tuple[Tensor, Tensor]]
 ) -> None:
     saved.append((parameter, parameter.data.clone()))
     parameter.data.copy_(value.reshape(parameter.shape))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol, runtime_checkable
 
-from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from kvbench.cache.contract import Protocols
 
@@ -20,7 +19,7 @@ class ForeignCache(Protocol):
     """Whether the cache hands a prompt back unquantized, so that the prompt's last token must come
     in a call of its own for the first answer token to be computed from stored states."""
 
-    def cache(self, model: nn.Module, protocol: Protocols) -> Cache:
+    def cache(self, model: PreTrainedModel, protocol: Protocols) -> Cache:
         """A fresh cache.
 
         Raises:

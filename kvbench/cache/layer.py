@@ -16,7 +16,7 @@ from kvbench.cache.storage import SideStore
 from kvbench.errors import UserError
 
 
-class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
+class QuantizedLayer(CacheLayerMixin):
     """Stores what a method says and attends to it as stored.
 
     quantized_prefill: every query sees the storage. exact_prefill: prompt queries see exact states,
@@ -55,7 +55,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.packed_tokens_read = [0] * rows
         self.is_initialized = True
 
-    def update(
+    def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[StoredStates, StoredStates]:
         """Store (B, H, n, D) states; what comes back is for the "kvbench" attention function."""

@@ -157,7 +157,7 @@ def observing(model: nn.Module) -> Iterator[None]:
         detach(model)
 
 
-def decoder_stack(model: nn.Module) -> nn.Module:
+def decoder_stack(model: nn.Module) -> Any:
     """The module that holds token embeddings and decoder layers.
 
     Raises:

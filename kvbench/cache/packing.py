@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -37,5 +39,14 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """(..., m) uint8 to (..., m * 8 / bits) uint8 codes."""
     if bits == 8:
         return packed
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    codes = _codes_of_bytes(bits, packed.device).index_select(0, packed.flatten().int())
+    return codes.view(torch.uint8).view(*packed.shape[:-1], packed.shape[-1] * 8 // bits)
+
+
+@lru_cache(maxsize=16)
+def _codes_of_bytes(bits: int, device: torch.device) -> Tensor:
+    """(256,) integers whose bytes are the codes of a byte: one look-up unpacks all of them."""
+    shifts = torch.arange(0, 8, bits)
+    codes = (torch.arange(256)[:, None] >> shifts) & (2**bits - 1)
+    whole = {1: torch.int64, 2: torch.int32, 4: torch.int16}[bits]
+    return codes.to(torch.uint8).view(whole).flatten().to(device)

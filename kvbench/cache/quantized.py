@@ -9,7 +9,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from kvbench.cache import attention
 from kvbench.cache.contract import (
@@ -30,10 +30,10 @@ from kvbench.cache.windows import Residual, Sliding
 from kvbench.errors import UserError
 
 
-class QuantizedCache(Cache):  # type: ignore[misc]
+class QuantizedCache(Cache):
     """A transformers cache whose layers hold packed storage."""
 
-    layers: list[QuantizedLayer]
+    layers: list[QuantizedLayer]  # type: ignore[assignment]
 
     def __init__(self, layers: Sequence[QuantizedLayer], observed: Observed) -> None:
         """Layers that share what is observed of the model."""
@@ -68,7 +68,8 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beams."""
-        super().reorder_cache(beam_idx)
+        for layer in self.layers:
+            layer.reorder_cache(beam_idx)
         self.observed.rotary.select(beam_idx)
 
     def reset(self) -> None:
@@ -104,7 +105,7 @@ class RowUsage:
 class BoundMethod:
     """A method made ready for one model: make as many caches as you like."""
 
-    model: nn.Module
+    model: PreTrainedModel
     quantizers: tuple[LayerQuantizer, ...]
     specs: tuple[LayerSpec, ...]
     method: KVQuantizer
@@ -132,7 +133,7 @@ class BoundMethod:
 
 
 def bind(
-    model: nn.Module,
+    model: PreTrainedModel,
     method: str | KVQuantizer,
     *,
     protocol: Protocols = "quantized_prefill",
@@ -148,22 +149,22 @@ def bind(
     """
     if protocol not in get_args(Protocols):
         raise UserError(f"unknown protocol {protocol!r}; use one of {get_args(Protocols)}.")
-    method = resolve(method)
-    if isinstance(method, ForeignCache):
+    resolved = resolve(method)
+    if isinstance(resolved, ForeignCache):
         raise UserError(
-            f"{method.label} brings its own cache; call quantized_cache instead of bind."
+            f"{resolved.label} brings its own cache; call quantized_cache instead of bind."
         )
-    specs = layer_specs(model.config, text_salient_layers)  # type: ignore[arg-type]
-    _check_statistics(method, calibration, specs)
-    quantizers = tuple(method.layer(spec, calibration) for spec in specs)
+    specs = layer_specs(model.config, text_salient_layers)
+    _check_statistics(resolved, calibration, specs)
+    quantizers = tuple(resolved.layer(spec, calibration) for spec in specs)
     for quantizer, spec in zip(quantizers, specs, strict=True):
         _check_layer(quantizer, spec)
     use_kvbench_attention(model)
-    return BoundMethod(model, quantizers, tuple(specs), method, protocol)
+    return BoundMethod(model, quantizers, tuple(specs), resolved, protocol)
 
 
 def quantized_cache(
-    model: nn.Module,
+    model: PreTrainedModel,
     method: str | KVQuantizer | ForeignCache,
     *,
     protocol: Protocols = "quantized_prefill",
@@ -209,15 +210,15 @@ def resolve(method: str | KVQuantizer | ForeignCache) -> KVQuantizer | ForeignCa
     return configured(METHODS.get(name), parameters)
 
 
-def use_kvbench_attention(model: nn.Module) -> None:
+def use_kvbench_attention(model: PreTrainedModel) -> None:
     """Switch the decoder to the "kvbench" attention function and leave vision towers alone."""
     config = model.config
-    text = config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    text = config.get_text_config(decoder=True)
     if text._attn_implementation == attention.NAME:
         return
     nested = text is not config and hasattr(config, "text_config")
     choice = {"text_config": attention.NAME} if nested else attention.NAME
-    model.set_attn_implementation(choice)  # type: ignore[operator]
+    model.set_attn_implementation(choice)
 
 
 def _check_statistics(

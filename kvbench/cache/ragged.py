@@ -44,6 +44,10 @@ class Ragged:
         index = _slice_index(starts, width, self.data.shape[2], self.data.device)
         return Ragged(_take(self.data, index), counts)
 
+    def trimmed(self) -> Tensor:
+        """The tensor without columns that no row uses."""
+        return self.data[:, :, : max(self.lengths)]
+
     def owned(self) -> Ragged:
         """A copy, if this is a small view that would keep a large tensor alive."""
         if self.data.untyped_storage().nbytes() > 2 * self.nbytes:
@@ -63,7 +67,7 @@ def join(parts: Sequence[Ragged]) -> Ragged:
     if len(parts) == 1:
         return parts[0]
     lengths = tuple(map(sum, zip(*(p.lengths for p in parts), strict=True)))
-    data = [p.data[:, :, : max(p.lengths)] for p in parts]
+    data = [p.data if p.data.shape[2] == max(p.lengths) else p.trimmed() for p in parts]
     if all(len(set(p.lengths)) == 1 for p in parts):
         return Ragged(torch.cat(data, 2), lengths)
     widths = tuple(d.shape[2] for d in data)

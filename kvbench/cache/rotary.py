@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvbench.errors import UserError
 
@@ -19,10 +21,10 @@ class RotaryPositions:
 
     def __init__(self) -> None:
         """No positions yet."""
-        self.module: nn.Module | None = None
+        self.module: Any = None
         self.ids: Tensor | None = None
 
-    def append(self, module: nn.Module, ids: Tensor) -> None:
+    def append(self, module: Any, ids: Tensor) -> None:
         """New columns; ids is (B, n), or (3, B, n) for M-RoPE."""
         ids = (ids if ids.dim() == 3 else ids[None]).to(torch.int32)
         self.module = module
@@ -80,6 +82,6 @@ class RotaryPositions:
 
     def _merged(self, table: Tensor) -> Tensor:
         """(3, B, n, D) M-RoPE tables to (B, n, D), for models that merge them in attention."""
-        parameters = self.module.config.rope_parameters  # type: ignore[union-attr]
+        parameters = self.module.config.rope_parameters
         sections = list(parameters["mrope_section"]) * 2
         return torch.cat([part[i % 3] for i, part in enumerate(table.split(sections, -1))], -1)

@@ -185,8 +185,12 @@ class SideStore:
 
     def _distribute(self, states: Ragged, slots: Ragged | None, bits: Ragged) -> None:
         width = max(states.lengths)
-        mine = within(states.lengths, width, bits.data.device)
         values = bits.data[:, 0, :width]
+        lowest, highest = (int(end) for end in torch.aminmax(values))
+        if lowest == highest:
+            self._segment(lowest).append(states, slots)
+            return
+        mine = within(states.lengths, width, bits.data.device)
         for target in values[mine].unique().tolist():
             mask = mine & (values == target)
             counts = tuple(mask.sum(1).tolist())

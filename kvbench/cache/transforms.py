@@ -107,20 +107,26 @@ class MergeHeads(Transform):
     """
 
     def __init__(self, spec: LayerSpec, order: Tensor | None = None) -> None:
-        """Keep the order and its inverse."""
+        """Keep the order and its inverse.
+
+        Raises:
+            UserError: the order is no permutation of the channels.
+        """
         self._heads, channels = spec.num_kv_heads, spec.num_kv_heads * spec.head_dim
-        order = torch.arange(channels) if order is None else order
-        self._order, self._inverse = _Constant(order), _Constant(order.argsort())
+        if order is not None and sorted(order.tolist()) != list(range(channels)):
+            raise UserError(f"the order of {channels} channels must name each of them once.")
+        self._order = None if order is None else _Constant(order)
+        self._inverse = None if order is None else _Constant(order.argsort())
 
     def store(self, x: Tensor) -> Tensor:
         """(B, H, n, D) to (B, 1, n, H·D)."""
-        flat = x.transpose(1, 2).flatten(2)
-        return flat[..., self._order.like(x)].unsqueeze(1)
+        flat = x.transpose(1, 2).flatten(2).unsqueeze(1)
+        return flat if self._order is None else flat.index_select(-1, self._order.like(x))
 
     def read(self, x: Tensor) -> Tensor:
         """(B, 1, n, H·D) back to (B, H, n, D)."""
-        flat = x.squeeze(1)[..., self._inverse.like(x)]
-        return flat.unflatten(-1, (self._heads, -1)).transpose(1, 2)
+        flat = x if self._inverse is None else x.index_select(-1, self._inverse.like(x))
+        return flat.squeeze(1).unflatten(-1, (self._heads, -1)).transpose(1, 2)
 
     def stored_shape(self, spec: LayerSpec) -> tuple[int, int]:
         """One head of H·D channels."""

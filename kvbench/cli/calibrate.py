@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.options import DataRoot, Device, Dtype, Methods, Models, Seed
+from kvbench.cli.options import Device, Dtype, Methods, Models, Seed
 from kvbench.cli.progress import Terminal
 
 
@@ -15,7 +15,11 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Folder for the statistics.")],
     models: Models = "smol_llava",
     methods: Methods = "all",
-    data: DataRoot = None,
+    data: Annotated[
+        Path | None,
+        # Not KVBENCH_DATA: what is scored must not be calibrated on unasked.
+        typer.Option(help="Folder in MileBench's layout; without it, minimile's own split."),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Samples to calibrate with.")] = 32,
     seed: Seed = 0,
     device: Device = "auto",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbench.errors import UserError
 from kvbench.registry import TASKS
 from kvbench.tasks.images import image_bytes
 
@@ -67,7 +68,10 @@ def ask(loaded: LoadedModel, task: Task, sample: Sample) -> Question:
         UserError: the instruction alone fills the model's context, or an image can't be read.
     """
     entry = loaded.entry
-    prompt = task.prompt(sample, loaded.tokens, entry.max_context_len, entry.tokens_per_image)
+    try:
+        prompt = task.prompt(sample, loaded.tokens, entry.max_context_len, entry.tokens_per_image)
+    except UserError as error:
+        raise UserError(f"{task.folder}, {error}") from error
     text = task.user_turn(prompt)
     full = hashlib.sha256(loaded.style.render(text).encode()).hexdigest()
     return Question(task, sample, prompt, text, full, _images_hash(prompt.images))

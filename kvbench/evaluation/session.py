@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -72,7 +71,6 @@ class Session:
         """Let the loaded model go; the next job loads its own."""
         self._ready = None
         self._contexts.close()
-        gc.collect()  # a model is full of cycles, and the next one needs its memory
 
     def cell(self, task: str) -> Cell:
         """The chosen samples of a task.
@@ -125,7 +123,7 @@ class Session:
 
     def _model(self, index: int) -> _Ready:
         if self._ready is None or self._ready.index != index:
-            self.close()
+            self.close()  # the next one needs the memory
             self._ready = self._load(index)
         return self._ready
 

@@ -69,6 +69,17 @@ class Leaderboard:
         command = _request(self.run).get("command")
         return command if isinstance(command, str) else None
 
+    @property
+    def machine(self) -> str | None:
+        """Device and versions of the last run that added rows, if ``run.json`` tells."""
+        ran = self.run.get("environment")
+        if not isinstance(ran, Mapping):
+            return None
+        packages = ran.get("packages") or {}
+        devices = ", ".join(sorted(set(ran.get("devices") or []))) or f"CPU, {ran.get('machine')}"
+        versions = (f"{name} {packages.get(name)}" for name in ("torch", "transformers"))
+        return f"{devices}; {', '.join(versions)}"
+
 
 def build(rows: Iterable[SampleRow], run: Mapping[str, Any] | None = None) -> Leaderboard:
     """Group rows into blocks. Their order does not matter.
@@ -83,7 +94,22 @@ def build(rows: Iterable[SampleRow], run: Mapping[str, Any] | None = None) -> Le
         groups[_setting(row)].append(row)
     planned = _planned(run or {})
     ordered = sorted(groups, key=_block_rank)
-    return Leaderboard(tuple(_block(s, groups[s], planned) for s in ordered), run or {})
+    blocks = (_block(s, groups[s], _due(s, groups, planned)) for s in ordered)
+    return Leaderboard(tuple(blocks), run or {})
+
+
+def _due(
+    setting: Setting, groups: Mapping[Setting, list[SampleRow]], planned: Mapping[str, int]
+) -> dict[str, int]:
+    """Planned tasks that this block should have: those that no other data set has instead."""
+    elsewhere = {
+        row.task
+        for other, rows in groups.items()
+        if other.dataset != setting.dataset and other.model == setting.model
+        for row in rows
+    }
+    own = {row.task for row in groups[setting]}
+    return {task: n for task, n in planned.items() if task in own or task not in elsewhere}
 
 
 def _setting(row: SampleRow) -> Setting:

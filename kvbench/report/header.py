@@ -35,6 +35,8 @@ def header(block: Block, board: Leaderboard) -> str:
     lines = [f"## {escape(title(block))}", ""]
     lines += [f"- {name}: {escape(text)}" for name, text in facts.items()]
     lines.append(f"- generation: {code(setting.generation)}")
+    if board.machine:
+        lines.append(f"- machine: {escape(board.machine)}")
     if board.command:
         lines.append(f"- command: {code(board.command)}")
     return "\n".join(lines)

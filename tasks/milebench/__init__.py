@@ -5,9 +5,9 @@ Also easy-VQA, whose images and questions are somebody else's but are written in
 
 from __future__ import annotations
 
+from kvbench.tasks.images import open_image
 from kvbench.tasks.milebench.catalog import TASKS
 from kvbench.tasks.milebench.check import TaskReport, check, report_rows
-from kvbench.tasks.images import open_image
 from kvbench.tasks.milebench.prompt import newline_rule
 from kvbench.tasks.milebench.task import MileBenchTask
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from kvbench.errors import UserError
 from kvbench.tasks.base import IMAGE_MARKER
-from kvbench.tasks.milebench.catalog import TASKS
 from kvbench.tasks.images import locate, open_image
+from kvbench.tasks.milebench.catalog import TASKS
 from kvbench.tasks.milebench.prompt import full_text, place_markers
 from kvbench.tasks.milebench.reader import Annotation, check_truth, read_annotation
 from kvbench.tasks.milebench.record import Record

@@ -91,9 +91,7 @@ def _llava(tiny: Any) -> dict[str, Tensor]:
 def _qwen2_vl(tiny: Any) -> dict[str, Tensor]:
     pixels = tiny.image_processor(_images(3), return_tensors="pt")
     tokens = (pixels["image_grid_thw"].prod(1) // 4).tolist()
-    shown = [
-        "<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in tokens
-    ]
+    shown = ["<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in tokens]
     texts = [f"One {shown[0]} two {shown[1]} " + TEXTS[0], shown[2] + TEXTS[1]]
     inputs = dict(tiny.tokenizer(texts, padding=True, return_tensors="pt"))
     inputs.pop("token_type_ids", None)
@@ -165,7 +163,9 @@ def exactly() -> Callable[[str], Any]:
 def greedy() -> Callable[..., Any]:
     """`generate` without sampling, with logits."""
 
-    def run(model: nn.Module, inputs: dict[str, Tensor], cache: Any, tokens: int = 10, **more: Any) -> Any:
+    def run(
+        model: nn.Module, inputs: dict[str, Tensor], cache: Any, tokens: int = 10, **more: Any
+    ) -> Any:
         torch.manual_seed(0)
         return model.generate(  # type: ignore[operator]
             **inputs,

@@ -45,7 +45,9 @@ def prompts() -> list[dict[str, torch.Tensor]]:
 @contextmanager
 def projections(model: Any) -> Iterator[dict[str, list[Any]]]:
     """Outputs of every q_proj, k_proj and v_proj, by name and layer."""
-    seen: dict[str, list[Any]] = {f"{p}{i}": [] for p in "qkv" for i in range(len(model.model.layers))}
+    seen: dict[str, list[Any]] = {
+        f"{p}{i}": [] for p in "qkv" for i in range(len(model.model.layers))
+    }
     handles = []
     for index, layer in enumerate(model.model.layers):
         for letter in "qkv":
@@ -62,7 +64,9 @@ def projections(model: Any) -> Iterator[dict[str, list[Any]]]:
 
 def valid_rows(outputs: list[Any], width: int) -> np.ndarray:
     """(tokens, heads, D) of all prompts without padding."""
-    real = [prompt.get("attention_mask", torch.ones_like(prompt["input_ids"])) for prompt in prompts()]
+    real = [
+        prompt.get("attention_mask", torch.ones_like(prompt["input_ids"])) for prompt in prompts()
+    ]
     rows = [out[mask.bool().numpy()] for out, mask in zip(outputs, real, strict=True)]
     return np.concatenate(rows).reshape(-1, outputs[0].shape[-1] // width, width)
 
@@ -139,7 +143,9 @@ def test_images_calibrate_too(case) -> None:
     both = calibrate_statistics(given.model, [given.inputs], {})
     rows = calibrate_statistics(given.model, [given.row(0), given.row(1)], {})
     for name in ("value_min", "value_max", "key_min", "key_max"):
-        torch.testing.assert_close(both.statistics[name], rows.statistics[name], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            both.statistics[name], rows.statistics[name], atol=1e-4, rtol=1e-4
+        )
 
 
 def test_the_model_is_as_before(tiny_text_model) -> None:
@@ -178,7 +184,13 @@ def test_damaged_files_are_named(calibration, tmp_path: Path) -> None:
     path = tmp_path / "tiny.safetensors"
     save_calibration(calibration, path)
     content = path.read_bytes()
-    for broken in (b"", content[:4], content[:-10], b"not safetensors at all", content[:8] + b"{" * 99):
+    for broken in (
+        b"",
+        content[:4],
+        content[:-10],
+        b"not safetensors at all",
+        content[:8] + b"{" * 99,
+    ):
         path.write_bytes(broken)
         with pytest.raises(UserError, match=r"tiny\.safetensors"):
             load_calibration(path)

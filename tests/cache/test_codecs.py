@@ -24,7 +24,12 @@ LAYOUTS: dict[str, Any] = {
     "tokens": dict(group=6, along="tokens"),
 }
 FORMULAS = [
-    *((layout, zero, mode) for layout in LAYOUTS for zero in KINDS[:2] for mode in ("scale", "midpoint")),
+    *(
+        (layout, zero, mode)
+        for layout in LAYOUTS
+        for zero in KINDS[:2]
+        for mode in ("scale", "midpoint")
+    ),
     ("one_group", "symmetric", "scale"),
     ("small_groups", "symmetric", "scale"),
 ]
@@ -104,7 +109,7 @@ def plain_codes(codec: Affine, packed: tuple[torch.Tensor, ...]) -> np.ndarray:
 
 
 def data(seed: int = 0) -> np.ndarray:
-    """Normal numbers; the rows' heads differ in scale and offset, so that no group is like another."""
+    """Normal numbers; heads differ in scale and offset, so that no group is like another."""
     source = np.random.default_rng(seed)
     scale = source.uniform(0.1, 20, (*SHAPE[:2], 1, 1))
     offset = source.uniform(-3, 3, (*SHAPE[:2], 1, 1)) * scale
@@ -127,7 +132,9 @@ def test_codes_and_values_follow_the_formula(
         if x[index].size == 1 and zero != "symmetric":
             np.testing.assert_allclose(decoded[index], half(x[index]), rtol=1e-6)
             continue
-        expected, values, margin = by_formula(x[index].astype(np.float64), bits, zero, clip, clip_mode)
+        expected, values, margin = by_formula(
+            x[index].astype(np.float64), bits, zero, clip, clip_mode
+        )
         clear = margin > 1e-4  # float32 may fall on the other side of a tie
         ties += int((~clear).sum())
         np.testing.assert_array_equal(codes[index][clear], expected[clear])
@@ -199,7 +206,10 @@ def test_the_float_offset_reproduces_both_ends(x: np.ndarray, bits: int) -> None
 
 
 CONSTANTS = [
-    *((value, "fp16") for value in (0.0, 1.0, -3.7, 2.0**-24, -(2.0**-20), 1e-30, 1000.25, -65504.0)),
+    *(
+        (value, "fp16")
+        for value in (0.0, 1.0, -3.7, 2.0**-24, -(2.0**-20), 1e-30, 1000.25, -65504.0)
+    ),
     *((value, "fp8") for value in (0.0, 1.0, -3.7, 1e-30, -448.0)),
 ]
 

@@ -13,8 +13,13 @@ from kvbench.errors import UserError
 
 PROTOCOLS = ("quantized_prefill", "exact_prefill")
 FAMILIES = ("llama", "mistral_window", "qwen2_mixed_windows", "qwen2_vl_text")
-METHODS = ("fp16", "rtn_int4", "akvq_vl[recent=8,pivots=2]", "kivi[residual=16,group_size=8]",
-           "skvq[reorder=false,window=8]")
+METHODS = (
+    "fp16",
+    "rtn_int4",
+    "akvq_vl[recent=8,pivots=2]",
+    "kivi[residual=16,group_size=8]",
+    "skvq[reorder=false,window=8]",
+)
 
 
 def second_turn(first: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -76,7 +81,9 @@ def test_padded_rows_of_a_conversation_equal_the_same_rows_alone(
         model(**given.inputs, position_ids=first, past_key_values=together)
         longer = torch.cat((mask, torch.ones_like(more)), 1)
         after = first[:, -1:] + 1 + torch.arange(3)
-        out = model(more, attention_mask=longer, position_ids=after, past_key_values=together).logits
+        out = model(
+            more, attention_mask=longer, position_ids=after, past_key_values=together
+        ).logits
         for row in (0, 1):
             alone = quantized_cache(model, method, protocol=protocol)
             model(**given.row(row), past_key_values=alone)
@@ -92,7 +99,9 @@ def in_chunks(model: Any, ids: torch.Tensor, sizes: list[int], cache: Any) -> to
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_in_chunks_equals_the_dynamic_cache(case, exactly, family: str, protocol: str) -> None:
+def test_a_prompt_in_chunks_equals_the_dynamic_cache(
+    case, exactly, family: str, protocol: str
+) -> None:
     model = case(family).model
     if family == "qwen2_vl_text":
         model.model.rope_deltas = None  # else of the last prompt, which had other rows
@@ -140,7 +149,10 @@ def test_a_vision_mask_does_what_placeholder_ids_do(case, greedy, distance, beam
     given = case("llava")
     ids = given.inputs["input_ids"]
     vision = ids == given.model.config.image_token_id
-    plain = {"input_ids": ids.masked_fill(vision, 7), "attention_mask": given.inputs["attention_mask"]}
+    plain = {
+        "input_ids": ids.masked_fill(vision, 7),
+        "attention_mask": given.inputs["attention_mask"],
+    }
     embeds = given.model.get_input_embeddings()(plain["input_ids"]).detach()
     method = "akvq_vl[recent=4,text_layers=all,pivots=0]"
     answers = []
@@ -188,15 +200,23 @@ def test_rows_can_be_chosen_and_repeated(case) -> None:
         with torch.no_grad():
             for cache in caches[:2]:
                 model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
-            model(ids[rows], attention_mask=mask[rows], position_ids=places[rows],
-                  past_key_values=caches[2])
+            model(
+                ids[rows],
+                attention_mask=mask[rows],
+                position_ids=places[rows],
+                past_key_values=caches[2],
+            )
             caches[0].batch_select_indices(rows)
             caches[1].batch_repeat_interleave(2)
             caches[1].batch_select_indices(torch.tensor([2, 3, 0]))
             longer = torch.cat((mask[rows], torch.ones_like(next_ids)), 1)
             answers = [
-                model(next_ids, attention_mask=longer, position_ids=places[rows][:, -1:] + 1,
-                      past_key_values=cache).logits
+                model(
+                    next_ids,
+                    attention_mask=longer,
+                    position_ids=places[rows][:, -1:] + 1,
+                    past_key_values=cache,
+                ).logits
                 for cache in caches
             ]
         torch.testing.assert_close(answers[0], answers[2], atol=1e-9, rtol=1e-9)
@@ -212,4 +232,10 @@ def test_what_would_take_codes_apart_is_refused(case, greedy) -> None:
     with pytest.raises(UserError, match="offloaded"):
         cache.offload(0)
     with pytest.raises(UserError, match="cropped"):
-        greedy(given.model, given.row(0), quantized_cache(given.model, "rtn_int4"), 8, prompt_lookup_num_tokens=2)
+        greedy(
+            given.model,
+            given.row(0),
+            quantized_cache(given.model, "rtn_int4"),
+            8,
+            prompt_lookup_num_tokens=2,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -108,29 +109,35 @@ def test_two_caches_of_one_model_take_turns(model) -> None:
             assert torch.equal(mine, expected)
 
 
+@dataclass
+class Spy:
+    """A plan that keeps what it was told of a prompt."""
+
+    plan: Any
+    index: int
+    seen: dict[int, torch.Tensor]
+
+    def prompt(self, tokens: Any) -> torch.Tensor:
+        self.seen[self.index] = tokens.residual
+        return self.plan.prompt(tokens)
+
+    def generated(self, tokens: Any) -> torch.Tensor:
+        assert tokens.residual is None
+        return self.plan.generated(tokens)
+
+
 def test_residual_is_the_input_of_each_layer_and_is_let_go(tiny_text_model) -> None:
     model = tiny_text_model(layers=3, seed=7).model
     ids = torch.arange(20, 40)[None]
     seen: dict[int, torch.Tensor] = {}
     cache = quantized_cache(model, "akvq_vl[pivot_layers=all]")
     for index, layer in enumerate(cache.layers):
-        plan = layer.quantizer.plan
-        original = type(plan).prompt
-
-        class Spy:
-            def __init__(self, plan: Any, index: int) -> None:
-                self.plan, self.index = plan, index
-
-            def prompt(self, tokens: Any) -> torch.Tensor:
-                seen[self.index] = tokens.residual
-                return original(self.plan, tokens)
-
-            def generated(self, tokens: Any) -> torch.Tensor:
-                return self.plan.generated(tokens)
-
-        object.__setattr__(layer.quantizer, "plan", Spy(plan, index))
+        spy = Spy(layer.quantizer.plan, index, seen)
+        object.__setattr__(layer.quantizer, "plan", spy)
     with torch.no_grad():
         model(ids, past_key_values=cache)
+        model(torch.tensor([[50]]), past_key_values=cache)
+        model(torch.tensor([[60, 61, 62]]), past_key_values=cache)
         states = model(ids, output_hidden_states=True).hidden_states
     assert torch.equal(seen[0], states[0])  # later layers ran on quantized states
     assert sorted(seen) == [0, 1, 2]

@@ -11,10 +11,9 @@ import torch
 from transformers import (
     DeepseekV3Config,
     Gemma3nTextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
     Llama4TextConfig,
+    LlamaConfig,
+    LlavaConfig,
     MambaConfig,
     MistralConfig,
     Qwen2Config,
@@ -170,7 +169,9 @@ def test_learned_attention_sinks_are_refused(tiny_text_model) -> None:
     states = torch.zeros(1, 2, 3, 16)
     step, _ = cache.layers[0].update(states, states)
     with pytest.raises(UserError, match="sinks"):
-        cache.layers[0].attend(model, torch.zeros(1, 4, 3, 16), step, None, 1.0, s_aux=torch.ones(4))
+        cache.layers[0].attend(
+            model, torch.zeros(1, 4, 3, 16), step, None, 1.0, s_aux=torch.ones(4)
+        )
 
 
 @pytest.mark.parametrize(
@@ -189,9 +190,7 @@ def test_bad_arguments_are_named(tiny_text_model, options: dict[str, Any], messa
         quantized_cache(tiny_text_model().model, **options)
 
 
-def test_gemma_like_softcaps_and_fused_projections_do_not_matter_to_attention(tiny_text_model) -> None:
-    """The cache is chosen by the model's attention interface alone."""
-    model = tiny_text_model().model
-    quantized_cache(model, "fp16")
-    assert isinstance(model, LlamaForCausalLM)
-    assert model.config._attn_implementation == "kvbench"
+def test_only_the_decoder_takes_the_attention_that_reads_caches(tiny_llava) -> None:
+    quantized_cache(tiny_llava.model, "fp16")
+    assert tiny_llava.model.config.text_config._attn_implementation == "kvbench"
+    assert tiny_llava.model.config.vision_config._attn_implementation != "kvbench"

@@ -60,16 +60,14 @@ def small() -> Callable[[str], Any]:
 @pytest.fixture(scope="session")
 def calibrated() -> Callable[[Any], Calibration]:
     """Statistics of a model on two text prompts, collected once a model."""
-    known: dict[int, Calibration] = {}
+    known: dict[int, tuple[Any, Calibration]] = {}
 
     def make(model: Any) -> Calibration:
         if id(model) not in known:
-            prompts = [
-                {"input_ids": torch.arange(20, 80)[None]},
-                {"input_ids": torch.arange(60, 160, 2)[None]},
-            ]
-            known[id(model)] = calibrate_statistics(model, prompts, {"data": "two prompts"})
-        return known[id(model)]
+            ids = (torch.arange(20, 80)[None], torch.arange(60, 160, 2)[None])
+            prompts = [{"input_ids": one.to(model.device)} for one in ids]
+            known[id(model)] = model, calibrate_statistics(model, prompts, {"data": "two prompts"})
+        return known[id(model)][1]
 
     return make
 
@@ -162,7 +160,13 @@ def random_states() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Query, keys and values for a whole sequence, float32."""
 
     def make(
-        tokens: int, *, heads: int = 4, kv_heads: int = 2, width: int = 16, rows: int = 1, seed: int = 0
+        tokens: int,
+        *,
+        heads: int = 4,
+        kv_heads: int = 2,
+        width: int = 16,
+        rows: int = 1,
+        seed: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         source = torch.Generator().manual_seed(seed)
         query = torch.randn(rows, heads, tokens, width, generator=source)
@@ -177,8 +181,11 @@ def random_states() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 def caches(calibrated: Any) -> Callable[..., Any]:
     """A cache of a model with the model's own calibration where the method needs one."""
 
-    def make(model: Any, method: Any, protocol: str = "quantized_prefill", **more: Any) -> Any:
-        statistics = calibrated(model) if method.needs.statistics else None
-        return bind(model, method, protocol=protocol, calibration=statistics, **more).new_cache()  # type: ignore[arg-type]
+    def make(
+        model: Any, method: Any, protocol: Any = "quantized_prefill", calibration: Any = None
+    ) -> Any:
+        if method.needs.statistics and calibration is None:
+            calibration = calibrated(model)
+        return bind(model, method, protocol=protocol, calibration=calibration).new_cache()
 
     return make

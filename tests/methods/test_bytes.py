@@ -1,8 +1,8 @@
 """Stored bytes, to the byte, against the formulas of each method's cost.
 
-bits = 16 · exact tokens + (code bits + metadata bits / group) · the others, for keys and for values,
-plus a byte on each side for every token in a window (the bits that it waits for) and, where keys are
-stored before RoPE, four bytes a token for its place in the sequence.
+bits = 16 · exact tokens + (code bits + metadata bits / group) · the others, for keys and for
+values, plus a byte on each side for every token in a window (the bits that it waits for) and, where
+keys are stored before RoPE, four bytes a token for its place in the sequence.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def rtn(bits: int) -> Callable[[int, bool], int]:
 
 
 def kivi(length: int, salient: bool) -> int:
-    """Keys: 8 tokens of a channel share metadata; the rest of 16 is exact, as the last 16 values."""
+    """Keys: 8 tokens of a channel share metadata; exact are T mod 16 keys and 16 values."""
     old_keys, old_values = length - length % 16, max(length - 16, 0)
     keys = H * (old_keys * D * 2 // 8 + old_keys // GROUP * D * 4 + (length - old_keys) * EXACT)
     values = H * (old_values * packed(2) + (length - old_values) * EXACT)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from kvbench import quantized_cache
 from kvbench.cache import EXACT, LayerQuantizer, LayerSpec, Uniform
+from kvbench.methods.rtn import RTN
 
 PROTOCOLS = ("quantized_prefill", "exact_prefill")
 ARCHITECTURES = {
@@ -71,6 +73,20 @@ def test_lossy_storage_changes_the_logits_and_is_read(
     assert cache.packed_tokens_read > 0
     assert (mine - expected).abs().max() > 1e-2
     assert mine.isfinite().all()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_one_bit_destroys_the_answer(tiny_text_model, protocol: str) -> None:
+    """A cache that is written but never read would pass every other comparison."""
+    model = tiny_text_model().model
+    options = dict(max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    exact = model.generate(PROMPT, past_key_values=DynamicCache(), **options)
+    cache = quantized_cache(model, RTN(bits=1), protocol=protocol)  # type: ignore[arg-type]
+    answer = model.generate(PROMPT, past_key_values=cache, **options)
+    assert not torch.equal(answer, exact)
+    layers, prompt, steps = 2, PROMPT.shape[1], 16
+    reads = sum(prompt + step for step in range(steps))  # the prompt's last token, then 15 more
+    assert cache.packed_tokens_read == layers * reads
 
 
 def test_exact_prefill_leaves_all_prompt_logits_but_the_last(

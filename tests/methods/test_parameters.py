@@ -84,8 +84,11 @@ def test_python_values_of_another_kind_are_refused(name: str, field: str, kind: 
 
 
 OUT_OF_RANGE = [
-    *(f"{name}[bits={bits}]" for name in ("rtn_int4", "kivi", "skvq[reorder=false]", "akvq_vl")
-      for bits in (0, -1, 3, 5, 16)),
+    *(
+        f"{name}[bits={bits}]"
+        for name in ("rtn_int4", "kivi", "skvq[reorder=false]", "akvq_vl")
+        for bits in (0, -1, 3, 5, 16)
+    ),
     *(f"{name}[group_size={size}]" for name in ("rtn_int4", "kivi", "akvq_vl") for size in (0, -8)),
     "rtn_int4[group_size=7]",
     "akvq_vl[group_size=7]",

@@ -1,7 +1,7 @@
 """Attention of one layer, step by step, against each method written out again in numpy float64.
 
-The references keep no state: what is stored at a step follows from the states, the length so far and
-the length of the prompt. Nothing here is shared with the package but the RoPE tables' definition.
+The references keep no state: what is stored at a step follows from the states, the length so far
+and the length of the prompt.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def half(x: Array | float) -> Array:
 
 def grid(x: Array, bits: int, *, clip: float = 1.0, integer: bool) -> Array:
     """One group, quantized and back: AKVQ-VL eq. 3-6 (`integer`) or KIVI's eq. 1."""
-    x = x.astype(np.float32).astype(np.float64)
-    low, high, levels = clip * x.min(), clip * x.max(), 2**bits - 1
-    scale = half((high - low) / levels)
+    x, levels = x.astype(np.float32), np.float32(2**bits - 1)
+    # In float32, or a float16 scale may be rounded to another neighbour.
+    low, high = np.float32(clip) * x.min(), np.float32(clip) * x.max()
+    scale, x = half((high - low) / levels), x.astype(np.float64)
     if integer:
         zero = np.rint(-low / scale)
         return np.asarray(scale * (np.clip(np.rint(x / scale) + zero, 0, levels) - zero))
@@ -124,7 +125,7 @@ def _kivi(step: Step, packed_keys: int, packed_values: int) -> tuple[Array, Arra
 
 
 def skvq(step: Step) -> tuple[Array, Array]:
-    """Two sinks, a window of 8 with the current token, reordered uneven groups, keys before RoPE."""
+    """Two sinks, a window of 8 with the current token, uneven groups, keys before RoPE."""
     positions = np.arange(step.length)
     packed = (positions >= min(2, step.prompt)) & (positions < step.length - 8)
     sides = []
@@ -174,7 +175,9 @@ def _akvq(step: Step, bits: Array, exact: Array) -> tuple[Array, Array]:
         for token in np.flatnonzero(~(recent | exact)):
             clip = {2: 0.8, 4: 1.0}[int(bits[token])]
             one = stored[:, token : token + 1]
-            stored[:, token : token + 1] = by_token(one, 8, int(bits[token]), clip=clip, integer=True)
+            stored[:, token : token + 1] = by_token(
+                one, 8, int(bits[token]), clip=clip, integer=True
+            )
         sides.append(stored @ rotation.T)
     return sides[0], sides[1]
 
@@ -185,8 +188,10 @@ STATISTICS = {
     for name in ("key_absmax", "query_absmax", "value_absmax", "output_weight_absmax")
 }
 # Three kinds of channel, far apart in (min, max), so that any k-means finds them.
-_KINDS = {"key": _SOURCE.permutation([0] * 20 + [1] * 9 + [2] * 3),
-          "value": _SOURCE.permutation([0] * 15 + [1] * 15 + [2] * 2)}
+_KINDS = {
+    "key": _SOURCE.permutation([0] * 20 + [1] * 9 + [2] * 3),
+    "value": _SOURCE.permutation([0] * 15 + [1] * 15 + [2] * 2),
+}
 CLUSTERS = {
     name: [np.flatnonzero(kinds == kind) for kind in range(3)] for name, kinds in _KINDS.items()
 }

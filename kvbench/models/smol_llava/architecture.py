@@ -109,7 +109,7 @@ def build_processor(tokenizer: Any) -> LlavaProcessor:
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-    return make(  # type: ignore[no-any-return]
+    return make(
         images,
         tokenizer,
         patch_size=PATCH,

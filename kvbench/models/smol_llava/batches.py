@@ -187,7 +187,7 @@ class Dials:
         """All tasks equally often, further turns always."""
         dials = cls(torch.ones(len(FOLDERS)).double(), torch.ones(1).double())
         for tensor in (dials.tasks, dials.further):
-            tensor.share_memory_()  # type: ignore[no-untyped-call]
+            tensor.share_memory_()
         return dials
 
 

@@ -112,7 +112,7 @@ def alone_step(trainee: Trainee, batch: Batch, words: Tensor) -> tuple[Tensor, T
     loss = objectives.fact_loss(logits, batch.facts) + objectives.alignment_loss(
         pooling, features, words, trainee.heads.valid, batch.facts
     )
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return loss.detach(), objectives.fact_hits(logits.detach(), batch.facts)
 
 
@@ -128,7 +128,7 @@ def joint_step(trainee: Trainee, batch: Batch, share: float = 1.0) -> tuple[Tens
     loss = objectives.answer_loss(logits, batch)
     facts = objectives.fact_loss(trainee.heads(tokens)[1], batch.facts)
     whole = share * (loss + FACTS_JOINTLY * facts)
-    whole.backward()  # type: ignore[no-untyped-call]
+    whole.backward()
     return loss.detach(), objectives.letter_hits(logits.detach(), batch)
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import UserError
 from kvbench.tasks.base import IMAGE_MARKER, Prompt, Sample
-from kvbench.tasks.milebench.catalog import TASKS
 from kvbench.tasks.images import open_image
+from kvbench.tasks.milebench.catalog import TASKS
 from kvbench.tasks.milebench.prompt import newline_rule
 
 if TYPE_CHECKING:

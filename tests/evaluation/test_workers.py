@@ -1,0 +1,138 @@
+"""A grid in several processes: the same rows, and nothing lost or left when something breaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvbench.errors import UserError
+from kvbench.evaluation.choices import MethodChoice
+from kvbench.evaluation.progress import Silent
+from kvbench.evaluation.request import EvalRequest
+from kvbench.evaluation.rows import SampleRow
+from kvbench.evaluation.session import Job
+from kvbench.evaluation.store import Store, read_rows
+from kvbench.evaluation.workers import run_jobs
+from kvbench.report import write_report
+
+pytestmark = pytest.mark.slow
+
+Grid = Callable[..., EvalRequest]
+Evaluated = Callable[..., list[SampleRow]]
+
+DEADLY = """
+import os
+from dataclasses import dataclass
+from kvbench.cache import Needs
+
+@dataclass(frozen=True)
+class Deadly:
+    needs = Needs()
+    label = "deadly"
+
+    def layer(self, spec, calibration):
+        os._exit(9)
+"""
+
+
+def untimed(rows: list[SampleRow]) -> dict[str, SampleRow]:
+    return {row.key: dataclasses.replace(row, seconds={}) for row in rows}
+
+
+def test_two_processes_write_the_same_rows(
+    evaluated: Evaluated, listener: Any, private_cache: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"methods": "fp16,rtn_int2,smoothquant", "batch": 2}
+    calm = evaluated(**options, tasks="oe", out=tmp_path / "run")
+    rows = evaluated(listener, **options, workers=2, out=tmp_path / "run")
+    assert rows[: len(calm)] == calm  # what was there is left alone
+    one = evaluated(**options, out=tmp_path / "one")
+    assert untimed(rows) == untimed(one)
+    assert listener.total == listener.advanced == len(rows) == 3 * 2 * 6
+    assert sorted(listener.cells) == ["tiny · OE", "tiny · WQA"]
+    assert listener.notes == []  # the statistics of the first run serve the second
+    tables = [
+        {path.name: path.read_text() for path in write_report(tmp_path / name)}
+        for name in ("run", "one")
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_a_fault_in_a_worker_keeps_the_rows_before_it(
+    grid: Grid, listener: Any, drawn: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(drawn, root)
+    request = grid(data_root=root, methods="fp16,rtn_int2", tasks="oe")
+    broken = next((root / "ObjectExistence" / "images").glob("4_*"))
+    broken.write_bytes(b"no image")
+    jobs = [Job(0, "oe", start, start + 1) for start in range(6)]
+    with (
+        Store(request.out) as store,
+        pytest.raises(UserError, match=f"{broken.name}: not an image"),
+    ):
+        run_jobs(request, jobs, store, listener)
+    rows = read_rows(request.out / "samples.jsonl")
+    assert {row.sample_id for row in rows} == {0, 1, 2, 3}
+    assert listener.advanced == len(rows) == 8
+
+
+def test_a_worker_that_dies_is_told_of(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deadly_method.py").write_text(DEADLY)
+    monkeypatch.syspath_prepend(tmp_path)
+    import deadly_method  # type: ignore[import-not-found]
+
+    request = grid(tasks="oe", limit=1)
+    methods = (MethodChoice("deadly", deadly_method.Deadly()),)
+    request = dataclasses.replace(request, methods=methods)
+    with Store(request.out) as store, pytest.raises(UserError, match="a worker process died"):
+        run_jobs(request, [Job(0, "oe", 0, 1)], store, Silent())
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_workers_end_with_a_parent_that_was_killed(
+    drawn: Path, tiny_llava_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(entry for entry in sys.path if entry))
+    words = f"eval --models tiny={tiny_llava_folder} --tasks oe --workers 2"
+    words += f" --data-root {drawn} --out run --device cpu --max-new-tokens 400 --methods fp16"
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "kvbench", *words.split()],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    rows = tmp_path / "run" / "samples.jsonl"
+    while parent.poll() is None and not (rows.exists() and rows.stat().st_size):
+        time.sleep(0.01)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert parent.poll() is None and len(children) >= 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while any(map(_runs, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [child for child in children if _runs(child)]
+    for child in left:
+        os.kill(int(child), signal.SIGKILL)
+    assert not left
+
+
+def _runs(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
