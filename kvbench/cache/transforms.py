@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -36,6 +40,22 @@ class _Constant:
         return self._copies[key]
 
 
+@cache
+def fast_hadamard() -> Callable[[Tensor, float], Tensor] | None:
+    """The CUDA kernel of the package fast-hadamard-transform, where it is installed."""
+    try:
+        module = import_module("fast_hadamard_transform")
+    except ImportError:
+        return None
+    kernel: Callable[[Tensor, float], Tensor] = module.hadamard_transform
+    return kernel
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether CUDA kernels can work on a tensor."""
+    return x.is_cuda
+
+
 class Rotate(Transform):
     """x R with an orthogonal R on keys and values, q R on queries, o Rᵀ on outputs.
 
@@ -52,18 +72,25 @@ class Rotate(Transform):
             UserError: there is no such rotation.
         """
         matrix = rotation(head_dim, kind, seed)
+        self._sylvester = kind == "hadamard" and head_dim & (head_dim - 1) == 0
         self._store = _Constant(matrix)
         self._attend = _Constant(matrix if side == "key" else matrix.T.contiguous())
 
     def store(self, x: Tensor) -> Tensor:
         """(B, H, n, D) times R."""
-        wide = _wide(x)
-        return (wide @ self._store.like(wide)).to(x.dtype)
+        return self._turned(x, self._store)
 
     def attend(self, x: Tensor) -> Tensor:
         """(B, Hq, n, D) times R (queries) or Rᵀ (outputs)."""
+        return self._turned(x, self._attend)
+
+    def _turned(self, x: Tensor, matrix: _Constant) -> Tensor:
         wide = _wide(x)
-        return (wide @ self._attend.like(wide)).to(x.dtype)
+        fast = fast_hadamard() if self._sylvester and on_gpu(x) else None
+        if fast is None:
+            return (wide @ matrix.like(wide)).to(x.dtype)
+        # Sylvester's matrix is symmetric: R and Rᵀ are one.
+        return fast(wide.contiguous(), x.shape[-1] ** -0.5).to(x.dtype)
 
     def matrices(self, spec: LayerSpec) -> Tensor:
         """R for every head."""

@@ -23,7 +23,6 @@ STRATEGIES = {
     "greedy": {},
     "sampling": dict(do_sample=True, temperature=0.8, top_k=20),
     "beams": dict(num_beams=3),
-    "beam_sampling": dict(num_beams=2, do_sample=True),
     "several_answers": dict(do_sample=True, num_return_sequences=2),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,6 @@ from kvbench.errors import UserError
 
 def hooks(model: nn.Module) -> int:
     """Forward pre-hooks on all modules."""
-    gc.collect()
     return sum(len(module._forward_pre_hooks) for module in model.modules())
 
 
