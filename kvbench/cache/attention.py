@@ -35,8 +35,12 @@ def attend(
     visible: Tensor | None,
     scaling: float,
     softcap: float | None = None,
+    causal: bool = False,
 ) -> Tensor:
-    """Attention of (B, Hq, n, D) on (B, H, T, D); visible is (B, 1, n, T) bool or None (all)."""
+    """Attention of (B, Hq, n, D) on (B, H, T, D); visible is (B, 1, n, T) bool or None (all).
+
+    `causal`, instead of `visible`: T = n, keys and values stand in the order of the queries.
+    """
     rows, heads, new, width = query.shape
     groups = heads // keys.shape[1]
     if visible is not None:
@@ -49,7 +53,9 @@ def attend(
     elif groups > 1:
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     bias = _bias(visible, query)
-    out = scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scaling)
+    out = scaled_dot_product_attention(
+        query, keys, values, attn_mask=bias, is_causal=causal, scale=scaling
+    )
     return out.reshape(rows, heads, new, values.shape[-1])
 
 

@@ -57,8 +57,6 @@ def _fold(
     _replace(o_proj.weight, torch.einsum("ohgd,hde->ohge", columns, inverse), saved)
 
 
-def _replace(
-    parameter: Tensor, value: Tensor, saved: list[tuple[Tensor, Tensor]]
-) -> None:
+def _replace(parameter: Tensor, value: Tensor, saved: list[tuple[Tensor, Tensor]]) -> None:
     saved.append((parameter, parameter.data.clone()))
     parameter.data.copy_(value.reshape(parameter.shape))

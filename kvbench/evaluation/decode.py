@@ -95,8 +95,7 @@ def answer(
     prefilled = _now(model)
     foreign = None if peer is None else _peer_usage(model, inputs, peer.nbytes(cache))
     usages = cache.rows() if isinstance(cache, QuantizedCache) else None
-    twins = references is not None and isinstance(cache, QuantizedCache)
-    run = _Run(model, inputs, cache, generation, references, twins)
+    run = _Run(model, inputs, cache, generation, references)
     run.decode(logits)
     for index, row in enumerate(run.answers):
         # Bytes are those of the prompt; reads go on while decoding.
@@ -108,7 +107,12 @@ def answer(
 
 
 class _Run:
-    """Decoding of one batch; with twins, rows 2i are free and rows 2i + 1 follow reference i."""
+    """Decoding of one batch.
+
+    As long as every row says what its reference says, one row serves for both. When the first row
+    parts from its reference, all rows are doubled: rows 2i are free, rows 2i + 1 follow
+    reference i.
+    """
 
     def __init__(
         self,
@@ -117,10 +121,11 @@ class _Run:
         cache: Cache,
         generation: Generation,
         references: Sequence[Answer] | None,
-        twins: bool,
     ) -> None:
         self._model, self._cache, self._generation = model, cache, generation
-        self._references, self._twins = references, twins
+        self._references, self._twins = references, False
+        # Peers' caches can't double their rows: they are compared at the first token only.
+        self._follows = references is not None and isinstance(cache, QuantizedCache)
         self._mask = inputs.attention_mask
         self._stops = _stop_ids(model)
         self.answers = [Answer() for _ in range(inputs.input_ids.shape[0])]
@@ -131,11 +136,12 @@ class _Run:
         """Generate from the prompt's last logits (B, V) until every row and its twin are done."""
         self._compare(0, logits)
         tokens = self._choose(0, logits)
-        if self._twins:
-            self._cache.batch_repeat_interleave(2)
-            self._mask = self._mask.repeat_interleave(2, 0)
         step = 1
         while self._open or self._following(step):
+            if not self._twins and self._parted(step, tokens):
+                self._cache.batch_repeat_interleave(2)
+                self._mask = self._mask.repeat_interleave(2, 0)
+                self._twins = True
             logits = self._forward(self._fed(step, tokens))
             self._compare(step, logits[1::2] if self._twins else logits)
             tokens = self._choose(step, logits[::2] if self._twins else logits)
@@ -170,7 +176,7 @@ class _Run:
 
     def _compare(self, step: int, logits: Tensor) -> None:
         """KL of every row at this step against its reference, if it has a position there."""
-        if self._references is None or (step and not self._twins):
+        if self._references is None or (step and not self._follows):
             return
         logits = logits.clone()
         if step < self._generation.min_new_tokens:
@@ -181,9 +187,17 @@ class _Run:
                 self.answers[row].divergences.append(_divergence(reference.log_probs[step], mine))
 
     def _following(self, step: int) -> bool:
-        """Whether a twin has positions left to compare."""
+        """Whether a reference has positions left to compare."""
         references = self._references or ()
-        return self._twins and any(step < len(r.log_probs) for r in references)
+        return self._follows and any(step < len(r.log_probs) for r in references)
+
+    def _parted(self, step: int, tokens: list[int]) -> bool:
+        """Whether a row would be fed another token than its reference with positions left."""
+        references = self._references or ()
+        return self._follows and any(
+            step < len(reference.log_probs) and reference.ids[step - 1] != token
+            for token, reference in zip(tokens, references, strict=True)
+        )
 
     def _fed(self, step: int, tokens: list[int]) -> list[int]:
         """Input tokens of all rows for this step."""
