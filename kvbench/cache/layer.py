@@ -232,8 +232,8 @@ class QuantizedLayer(CacheLayerMixin):
         if softcap is None and self._plainly_causal(new, keys.lengths, mask):
             # In the order of the queries, attention skips what lies ahead: half of the work.
             order = self.key_store.slots().data.argsort(2)[..., None]
-            states = (torch.take_along_dim(side.data, order, 2) for side in (keys, values))
-            out = attend(query, *states, None, scaling, causal=True)
+            k, v = (torch.take_along_dim(side.data, order, 2) for side in (keys, values))
+            out = attend(query, k, v, None, scaling, causal=True)
         else:
             visible = self._visible(new, keys.lengths, keys.data.shape[2], mask)
             out = attend(query, keys.data, values.data, visible, scaling, softcap)
