@@ -125,13 +125,15 @@ class AKVQVL:
         """Validate.
 
         Raises:
-            UserError: a negative count, or two codecs for the same bits.
+            UserError: a negative count, an empty flush, or two codecs for the same bits.
         """
         check_fields(self)
         if self.pivots < 0 or self.group_size < 1:
             raise UserError(
                 "AKVQ-VL's pivots can't be negative and its group size must be positive."
             )
+        # The window checks its own numbers: here, before a model is loaded.
+        Sliding(self.recent, self.window_counts_current, self.flush_every)
         if self.bits == self.text_bits:
             raise UserError("AKVQ-VL's text_bits must differ from its bits.")
 

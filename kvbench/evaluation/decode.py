@@ -1,8 +1,8 @@
-"""Greedy answers of a batch, with a twin of every row that follows the reference answer.
+"""Greedy answers of a batch, measured against the 16-bit cache's own answers on the way.
 
-The twin starts from the same cache after the prompt and is fed the 16-bit cache's own answer, so
-the distance between both caches is measured at every answer token from one prefill (teacher
-forcing).
+When an answer parts from its reference, every row gets a twin from the same cache that is fed the
+reference instead, so the distance between both caches is measured at every answer token from one
+prefill (teacher forcing).
 """
 
 from __future__ import annotations
