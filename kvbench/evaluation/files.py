@@ -10,8 +10,10 @@ from pathlib import Path
 from kvbench.errors import UserError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write text (UTF-8) beside ``path``, push it to the disk and rename it over ``path``.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write content beside ``path``, push it to the disk and rename it over ``path``.
+
+    Text is written as UTF-8.
 
     Raises:
         UserError: The folder can't be written to, or the disk is full.
@@ -19,8 +21,8 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = ""
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared result from colleagues

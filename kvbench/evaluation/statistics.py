@@ -103,6 +103,39 @@ def mcnemar(lost: int, gained: int) -> float:
     return float(stats.binomtest(lost, lost + gained, 0.5).pvalue)
 
 
+def corrected_level(flips: Sequence[int], alpha: float = 0.05) -> float:
+    """Return the level at which each of several exact McNemar tests has to be read.
+
+    Together they then find a difference where there is none with a chance of at most ``alpha``,
+    however the tests depend on each other. A test with f flips has no p below 2^(1-f), so only
+    those count that can reach the level at all: it is alpha / K with the smallest K such that no
+    more than K tests can reach it (Tarone, Biometrics 46, 1990, 515-522).
+
+    Args:
+        flips: For each test the samples whose correctness changed either way.
+        alpha: Level of all tests together.
+    """
+    for count in range(1, len(flips)):
+        if sum(2.0 ** (1 - f) <= alpha / count for f in flips) <= count:
+            return alpha / count
+    return alpha / max(len(flips), 1)
+
+
+def smallest_loss(n: int, gained: int = 0, level: float = 0.05) -> int | None:
+    """Return how few lost answers the exact McNemar test tells from chance, beside those gained.
+
+    Args:
+        n: Samples.
+        gained: Answers that were wrong and became right.
+        level: Of the test, two-sided.
+
+    Returns:
+        The number, above ``gained``; None where ``n`` samples are too few for any.
+    """
+    possible = range(gained + 1, n - gained + 1)
+    return next((lost for lost in possible if mcnemar(lost, gained) < level), None)
+
+
 def bootstrap_difference(
     tasks: Sequence[Paired],
     *,

@@ -13,10 +13,12 @@ from kvbench.evaluation.statistics import (
     Paired,
     bootstrap_accuracy,
     bootstrap_difference,
+    corrected_level,
     detectable_difference,
     mcnemar,
     mean_of_items,
     pair,
+    smallest_loss,
     tail,
     wilson,
 )
@@ -157,3 +159,47 @@ def test_too_few_flips_show_no_difference(n: int, flips: float) -> None:
 def test_impossible_shares_are_refused(n: int, flips: float) -> None:
     with pytest.raises(ValueError, match="need n"):
         detectable_difference(n, flips)
+
+
+@pytest.mark.parametrize(
+    ("flips", "level"),
+    [
+        ([], 0.05),
+        ([9], 0.05),
+        ([0, 1, 5], 0.05),  # none can reach 0.05: 2^-4 is the least
+        ([6, 0, 1, 5], 0.05),  # one can
+        ([6, 6], 0.025),  # two can reach 0.05, none 0.025
+        ([7, 7], 0.025),  # 2^-6 = 0.0156
+        ([7, 6], 0.05 / 2),  # K = 1 won't do: both reach 0.05; of 0.025 only one is left
+        ([20] * 10, 0.005),
+    ],
+)
+def test_only_tests_that_can_show_anything_share_the_level(flips: list[int], level: float) -> None:
+    assert corrected_level(flips) == pytest.approx(level)
+
+
+def test_many_tests_of_nothing_rarely_find_something() -> None:
+    """Twenty tests on coins of few to many flips: at least one alarm in at most 5 % of runs."""
+    rng = np.random.default_rng(0)
+    flips = [int(count) for count in rng.integers(0, 40, 20)]
+    level = corrected_level(flips)
+    lost = rng.binomial(flips, 0.5, size=(2000, len(flips)))
+    known = {(f, k): mcnemar(k, f - k) < level for f in set(flips) for k in range(f + 1)}
+    alarms = sum(any(known[f, int(k)] for f, k in zip(flips, row, strict=True)) for row in lost)
+    assert alarms <= 0.05 * 2000
+
+
+@pytest.mark.parametrize(
+    ("n", "gained", "level", "lost"),
+    [
+        (200, 0, 0.05, 6),
+        (200, 0, 0.001, 11),
+        (5, 0, 0.05, None),
+        (6, 0, 0.05, 6),
+        (200, 5, 0.05, 15),
+    ],
+)
+def test_the_smallest_loss_that_shows(n: int, gained: int, level: float, lost: int | None) -> None:
+    assert smallest_loss(n, gained, level) == lost
+    if lost is not None:
+        assert mcnemar(lost, gained) < level <= mcnemar(lost - 1, gained)
