@@ -212,7 +212,7 @@ class _Run:
     def _forward(self, tokens: list[int]) -> Tensor:
         self._mask = torch.cat((self._mask, torch.ones_like(self._mask[:, :1])), 1)
         ids = torch.tensor(tokens, device=self._mask.device)[:, None]
-        return _step(self._model, ids, self._mask, self._cache)
+        return decode_step(self._model, ids, self._mask, self._cache)
 
 
 @torch.no_grad()
@@ -220,7 +220,7 @@ def prefill(model: Any, inputs: ModelInputs, cache: Cache, *, split: bool = Fals
     """Logits (B, V) after the prompts; `split` decodes each prompt's last token on its own."""
     if split and inputs.input_ids.shape[1] > 1:
         prefill(model, without_last(inputs), cache)
-        return _step(model, inputs.input_ids[:, -1:], inputs.attention_mask, cache)
+        return decode_step(model, inputs.input_ids[:, -1:], inputs.attention_mask, cache)
     extra = {}
     # Counted from each row's first token, so that padding doesn't move a row's keys.
     positions = (inputs.attention_mask.cumsum(1) - 1).clamp_min(0)
@@ -250,7 +250,7 @@ def without_last(inputs: ModelInputs) -> ModelInputs:
     )
 
 
-def _step(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+def decode_step(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     """Logits (B, V) after one more token of each row, ids (B, 1); mask (B, T) includes it."""
     out = model(
         input_ids=ids,

@@ -72,11 +72,11 @@ class EvalRequest:
             ("workers", 1),
             ("calibration_samples", 1),
         ):
-            _at_least(name, getattr(self, name), smallest)
+            at_least(name, getattr(self, name), smallest)
         if self.max_new_tokens is not None:
-            _at_least("max_new_tokens", self.max_new_tokens, 1)
-        _check_hardware(self.device, self.dtype)
-        _check_folders(self.out, self.data_root)
+            at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_hardware(self.device, self.dtype)
+        check_folders(self.out, self.data_root)
         existing_folder("calibration folder", self.calibration)
 
 
@@ -109,26 +109,33 @@ class CalibrationRequest:
 
     def __post_init__(self) -> None:
         """Check everything that needs no heavy import."""
-        _at_least("samples", self.samples, 1)
-        _at_least("seed", self.seed, 0)
-        _check_hardware(self.device, self.dtype)
-        _check_folders(self.out, self.data_root)
+        at_least("samples", self.samples, 1)
+        at_least("seed", self.seed, 0)
+        check_hardware(self.device, self.dtype)
+        check_folders(self.out, self.data_root)
 
 
-def _at_least(name: str, value: int | None, smallest: int) -> None:
+def at_least(name: str, value: int | None, smallest: int) -> None:
+    """Raise UserError when the option `name` is too small; None passes."""
     if value is not None and value < smallest:
         option = name.replace("_", "-")
         raise UserError(f"--{option} is {value}: give at least {smallest}")
 
 
-def _check_hardware(device: str, dtype: str) -> None:
+def check_hardware(device: str, dtype: str) -> None:
+    """Refuse names of devices and dtypes that nothing could have.
+
+    Raises:
+        UserError: One of them is unknown.
+    """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: {suggestion(dtype, DTYPES, 'use one of')}")
     if not _DEVICE.fullmatch(device):
         raise UserError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N")
 
 
-def _check_folders(out: Path, data_root: Path | None) -> None:
+def check_folders(out: Path, data_root: Path | None) -> None:
+    """Raise UserError when an output folder is a file, or a data root is no folder."""
     if out.exists() and not out.is_dir():
         raise UserError(f"output folder {out} is a file: choose another folder")
     existing_folder("data root", data_root)

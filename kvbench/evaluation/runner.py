@@ -17,6 +17,7 @@ from kvbench.evaluation.hardware import is_out_of_memory
 from kvbench.evaluation.progress import Progress
 from kvbench.evaluation.rows import SCHEMA, SampleRow, row_key
 from kvbench.evaluation.samples import Cell, Question, encoded
+from kvbench.registry import MODELS
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from kvbench.evaluation.choices import MethodChoice
     from kvbench.models.inputs import ModelInputs
     from kvbench.models.load import LoadedModel
+    from kvbench.models.zoo import ModelEntry
 
 MILEBENCH_TOKENS, GENERATED_TOKENS = 512, 16
 """Longest answer: MileBench's official number; generated tasks ask for a few words."""
@@ -67,7 +69,8 @@ class PreparedMethod:
             calibration=needed,
             text_salient_layers=loaded.entry.tsa_layers,
         )
-        return cls(choice.spec, protocol, choice, bound, _fingerprint(needed))
+        made_with = ",".join(filter(None, (_fingerprint(needed), _found_layers(loaded.entry))))
+        return cls(choice.spec, protocol, choice, bound, made_with)
 
     @property
     def is_reference(self) -> bool:
@@ -320,6 +323,12 @@ def _mean_divergence(row: Answer, reference: Answer | None) -> float | None:
     if reference is None or len(row.divergences) < len(reference.log_probs):
         return None
     return fmean(row.divergences) if row.divergences else None
+
+
+def _found_layers(entry: ModelEntry) -> str:
+    """Text-salient layers that aren't the zoo's own: methods are built with them."""
+    default = MODELS.get(entry.name).tsa_layers if entry.name in MODELS.names() else ()
+    return "" if entry.tsa_layers == default else f"tsa={'-'.join(map(str, entry.tsa_layers))}"
 
 
 def _fingerprint(calibration: Calibration | None) -> str:

@@ -1,0 +1,1 @@
+"""Why a method works or fails on a model: attention patterns, pivots, outliers, error by layer."""

@@ -1,0 +1,86 @@
+"""How far a method's stored keys, values and attention are from the exact ones in one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.analysis.capture import LayerView
+from kvbench.cache import BoundMethod, Side, Transform
+from kvbench.cache.layer import QuantizedLayer
+from kvbench.cache.observers import Observed
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative errors, ‖stored - exact‖ / ‖exact‖ over the whole prompt.
+
+    Attributes:
+        key: Of the keys, as attention reads them, in the model's own basis.
+        value: Of the values.
+        output: Of the attention output, every query on the stored prompt, the layer's input exact.
+        last: (Hq, D) attention output of the prompt's last token on the stored prompt.
+    """
+
+    key: float
+    value: float
+    output: float
+    last: Tensor
+
+
+def layer_error(view: LayerView, method: BoundMethod) -> LayerError:
+    """Store a layer's exact states as a method does, read them, and attend to them."""
+    quantizer = method.quantizers[view.spec.index]
+    observed = Observed(method.method.needs, quantizer.key.pre_rope)
+    observed.valid, observed.is_vision = view.observed.valid, view.observed.is_vision
+    observed.residual[view.spec.index] = view.residual[None]
+    observed.rotary = view.observed.rotary
+    spec = method.specs[view.spec.index]
+    layer = QuantizedLayer(quantizer, spec, "quantized_prefill", observed)
+    step, _ = layer.update(view.keys[None], view.values[None])
+    keys, values = stored_states(layer)
+    mask = None if view.mask is None else view.mask[None, None]
+    out = layer.attend(nn.Identity(), view.query[None], step, mask, view.scaling, view.softcap)[0]
+    return LayerError(
+        _distance(keys, view.keys),
+        _distance(values, view.values),
+        _distance(out, view.attend()),
+        out[:, -1],
+    )
+
+
+def stored_states(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
+    """Keys and values (H, T, D) of a layer that holds one prompt, in its order and basis."""
+    key, value = layer.key_store, layer.value_store
+    slots = key.slots().data
+    states = key.side.transform.read(key.read(layer.dtype).data)
+    if key.side.pre_rope:
+        states = layer.observed.rotary.embed(states, slots[:, 0])
+    order = slots.argsort(2)[..., None]
+    keys = torch.take_along_dim(states, order, 2)
+    values = value.side.transform.read(value.read(layer.dtype).data)
+    values = torch.take_along_dim(values, order, 2)
+    heads = layer.spec.num_kv_heads
+    return _undone(keys, key.side, heads, "key"), _undone(values, value.side, heads, "value")
+
+
+def _undone(states: Tensor, side: Side, heads: int, name: str) -> Tensor:
+    """Read states (1, H, T, C) back in the model's basis, (H, T, D) float32.
+
+    Keys meet queries as attend(q) · k, so row d of attend(identity) is what channel d is read by.
+    Values are brought back by attend itself.
+    """
+    transform: Transform = side.transform
+    wide = states.float()
+    if name == "value":
+        return transform.attend(wide)[0]
+    unit = torch.eye(wide.shape[-1], device=wide.device).expand(1, heads, -1, -1)
+    return (wide @ transform.attend(unit).transpose(2, 3))[0]
+
+
+def _distance(stored: Tensor, exact: Tensor) -> float:
+    """‖stored - exact‖ / ‖exact‖."""
+    exact = exact.float()
+    return float((stored.float() - exact).norm() / exact.norm().clamp_min(1e-30))

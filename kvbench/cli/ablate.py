@@ -1,0 +1,88 @@
+"""``kvbench ablate``: sweeps over methods' fields, AKVQ-VL's own by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbench.cli.options import DataRoot, Device, Dtype, Models, Seed
+from kvbench.cli.progress import Terminal
+
+if TYPE_CHECKING:
+    from kvbench.analysis.sweeps import Sweep
+    from kvbench.evaluation.request import EvalRequest
+
+_PAPER_TASKS = "wqa,dqa"
+
+
+def ablate(
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="table3, figure8, figure8a to figure8d, paper (all of them), or "
+            'method.field=values such as "akvq_vl.recent=0,32,64,128"; may be repeated.'
+        ),
+    ] = None,
+    models: Models = "smol_llava",
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="all, or names; without it the paper's, for other sweeps wqa and dqa."),
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="quantized_prefill, exact_prefill or both.")
+    ] = "quantized_prefill",
+    limit: Annotated[int | None, typer.Option(help="At most so many samples a task.")] = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder of rows; points that it holds already cost nothing.")
+    ] = Path("results/runs/ablations"),
+    data_root: DataRoot = None,
+    batch: Annotated[int, typer.Option(help="Samples generated together.")] = 1,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest answer; 512 for MileBench, 16 for generated data if not given."),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    workers: Annotated[int, typer.Option(help="Processes that share the work.")] = 1,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder that kvbench calibrate wrote.")
+    ] = None,
+) -> None:
+    """Answer the tasks along sweeps over a method's fields; tables and plots with intervals."""
+    from kvbench.analysis.sweeps import choose_sweeps
+    from kvbench.evaluation import choices
+    from kvbench.evaluation.request import EvalRequest
+
+    sweeps = choose_sweeps(sweep or ["paper"])
+    request = EvalRequest(
+        methods=choices.choose_methods("fp16"),
+        models=choices.choose_models(models),
+        tasks=choices.choose_tasks(tasks or _PAPER_TASKS),
+        protocols=choices.choose_protocols(protocol),
+        out=out,
+        data_root=data_root,
+        limit=limit,
+        seed=seed,
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        workers=workers,
+        calibration=calibration,
+    )
+    _run(sweeps, request, tasks is not None)
+
+
+def _run(sweeps: tuple[Sweep, ...], request: EvalRequest, keep_tasks: bool) -> None:
+    from kvbench.analysis.ablate import ablate as run
+    from kvbench.report.ablation import ablation_summary, write_ablation
+
+    with Terminal() as progress:
+        run(sweeps, request, keep_tasks, progress)
+    paths = write_ablation(request.out)
+    typer.echo(ablation_summary(request.out))
+    for path in paths:
+        typer.echo(str(path))
