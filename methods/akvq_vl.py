@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from kvbench.cache import (
@@ -66,30 +67,39 @@ class PivotSalient:
         bits = self.base.prompt(tokens)
         if tokens.residual is None or not self.count:
             return bits
-        for row, (stream, valid) in enumerate(zip(tokens.residual, tokens.valid, strict=True)):
-            columns = valid.nonzero().squeeze(1)
-            chosen = self._pivots(stream.detach()[columns.to(stream.device)].abs().float())
-            bits[row, columns[chosen.cpu()]] = EXACT
+        stream = tokens.residual.detach()
+        valid = tokens.valid.to(stream.device, non_blocking=True)
+        find = self._largest_elements if self.detector == "elements" else self._largest_tokens
+        bits[(find(stream, valid) & valid).to(bits.device)] = EXACT
         return bits
 
     def generated(self, tokens: Tokens) -> Tensor:
         """(B, n) int8."""
         return self.base.generated(tokens)
 
-    def _pivots(self, magnitude: Tensor) -> Tensor:
-        """Indices of pivots among (n, hidden) magnitudes."""
-        if self.detector == "elements":
-            count = min(self.count, magnitude.numel())
-            return (
-                magnitude.flatten()
-                .topk(count)
-                .indices.div(magnitude.shape[1], rounding_mode="floor")
-            )
-        peak = magnitude.amax(1)
-        order = peak.argsort(descending=True, stable=True)[: self.count]
-        if self.detector == "threshold":
-            return order[peak[order] > max(100.0, 1000 * magnitude.median().item())]
-        return order
+    def _largest_tokens(self, stream: Tensor, valid: Tensor) -> Tensor:
+        """(B, n) bool of a (B, n, hidden) stream: pivots, and any padding where a row lacks them.
+
+        Of equals, the first.
+        """
+        peak = torch.linalg.vector_norm(stream, torch.inf, -1).float().masked_fill(~valid, -1)
+        order = peak.argsort(dim=1, descending=True, stable=True)[:, : self.count]
+        chosen = torch.zeros_like(valid).scatter(1, order, True)
+        if self.detector == "tokens":
+            return chosen
+        known = stream.abs().float().masked_fill(~valid[..., None], torch.nan)
+        median = known.flatten(1).nanmedian(dim=1, keepdim=True).values
+        return chosen & (peak > (1000 * median).clamp_min(100))
+
+    def _largest_elements(self, stream: Tensor, valid: Tensor) -> Tensor:
+        """As `_largest_tokens`, the tokens that hold the largest elements."""
+        magnitude = stream.abs().float().masked_fill(~valid[..., None], -1)
+        count = min(self.count, magnitude[0].numel())
+        last = magnitude.flatten(1).topk(count).values[:, -1, None]
+        above, equal = ((magnitude > last[..., None]).sum(2), (magnitude == last[..., None]).sum(2))
+        before = equal.cumsum(1) - equal
+        left = count - above.sum(1, keepdim=True)
+        return (above > 0) | ((equal > 0) & (before < left))
 
 
 @dataclass(frozen=True)

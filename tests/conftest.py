@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-# Read when torch, transformers and the Triton kernels are imported, so set before any of them.
+# Read when torch, transformers and triton are imported, so set before any of them.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRITON_INTERPRET"] = "1"
+# Without a GPU, Triton kernels are interpreted.
+os.environ["TRITON_INTERPRET"] = "0" if os.path.exists("/dev/nvidiactl") else "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import functools

@@ -25,15 +25,33 @@ ALLOWED = {
     "tasks": {"errors", "registry"},
     "models": {"cache", "errors", "registry", "specs", "tasks"},
     "evaluation": {"cache", "errors", "models", "registry", "specs", "tasks"},
-    "report": {"errors", "evaluation"},
-    "cli": {"errors", "evaluation", "registry", "report", "specs", "tasks"},
+    "efficiency": {"cache", "errors", "evaluation", "kernels", "models", "registry", "specs"},
+    "analysis": {"cache", "errors", "evaluation", "specs", "tasks"},
+    "report": {"efficiency", "errors", "evaluation"},
+    "doctor": {
+        *("cache", "efficiency", "errors", "evaluation", "kernels", "models", "registry", "tasks"),
+    },
+    "cli": {
+        *("analysis", "doctor", "efficiency", "errors", "evaluation", "registry", "report"),
+        *("specs", "tasks"),
+    },
     "__main__": {"cli"},
     "__init__": {"cache"},
 }
 # Of some parts, another part sees these modules only: a report reads rows and what is computed from
-# them; an evaluation knows the contract of tasks, and the data that it takes when given none.
+# them; efficiency takes what any run needs, without tasks; an evaluation knows the contract of
+# tasks, and the data that it takes when given none.
 SEES = {
-    ("report", "evaluation"): {"files", "rows", "statistics", "store"},
+    ("analysis", "tasks"): {"minimile"},
+    ("report", "evaluation"): {"files", "rows", "statistics", "store", "typed"},
+    ("report", "efficiency"): {"rows"},
+    ("doctor", "evaluation"): {"choices", "environment", "hardware", "request", "rows"},
+    ("doctor", "efficiency"): {"decoder", "support", "workload"},
+    ("doctor", "tasks"): {"base"},
+    ("efficiency", "evaluation"): {
+        *("choices", "environment", "files", "hardware", "lines"),
+        *("progress", "request", "store", "typed"),
+    },
     ("evaluation", "tasks"): {"base", "images", "minimile"},
 }
 

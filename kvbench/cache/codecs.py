@@ -16,16 +16,11 @@ from torch import Tensor
 
 from kvbench.cache.contract import Packed
 from kvbench.cache.fields import check_fields
-from kvbench.cache.packing import check_packable, pack, unpack
 from kvbench.errors import UserError
-
-Zero = Literal["int", "float", "symmetric"]
-ClipMode = Literal["scale", "midpoint"]
-_HALF_MAX = 65504.0
-_HALF_TINY = 2.0**-24
-_ZERO_MAX = 32000.0
-"""Steps between an integer zero point and the smallest value: rounded by float16 it fits int16. A
-narrower group far from zero gets wider steps, still finer than float16's own."""
+from kvbench.kernels.packing import WIDTHS, pack, unpack
+from kvbench.kernels.quantize import dequantize, quantize
+from kvbench.kernels.rounding import ClipMode, Rounding
+from kvbench.kernels.states import Along, PackedStates, Zero
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Affine:
 
     bits: int
     group: int | tuple[int, ...]
-    along: Literal["channels", "tokens"] = "channels"
+    along: Along = "channels"
     zero: Zero = "int"
     clip: float = 1.0
     clip_mode: ClipMode = "scale"
@@ -83,6 +78,8 @@ class Affine:
             raise UserError(f"the group size must be positive, not {self.group}.")
         if self.metadata == "fp8" and self.zero != "float":
             raise UserError('fp8 metadata needs zero="float": an integer zero point is exact.')
+        if self.along == "tokens" and not isinstance(self.group, int):
+            raise UserError("groups along tokens have one size; give a number, not a list.")
 
     @property
     def block(self) -> int:
@@ -114,116 +111,63 @@ class Affine:
 
     def encode(self, x: Tensor) -> Packed:
         """(B, H, n, C) to codes uint8 and metadata; n must be a multiple of `block`."""
-        grouped = self._grouped(x.float())
-        meta = self._metadata(*self._ends(grouped))
-        codes = self._codes(grouped, [self._spread(m).float() for m in meta])
-        if self._even:
-            codes = codes.flatten(-2)
+        if isinstance(self.group, int):
+            states = quantize(x, self._rounding)
+            codes = states.codes.unflatten(2, (-1, self.block)) if self._deep else states.codes
+            meta = tuple(part for part in (states.scale, states.zero) if part is not None)
+        else:
+            codes, meta = self._encode_uneven(x.float(), self.group)
         if self.metadata == "fp8":
-            meta = tuple(m.view(torch.uint8) for m in meta)  # few operations know float8
-        return pack(codes, self.bits), *meta
+            meta = tuple(part.view(torch.uint8) for part in meta)  # few operations know float8
+        return codes, *meta
 
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         """Codes and metadata to (B, H, n, C)."""
-        codes, meta = unpack(packed[0], self.bits), packed[1:]
+        codes, meta = packed[0], packed[1:]
         if self.metadata == "fp8":
-            meta = tuple(m.view(torch.float8_e4m3fn).float() for m in meta)
-        grouped = codes.unflatten(-1, (-1, self.group)) if self._even else codes
-        scale, *offset = map(self._spread, meta)
-        steps = grouped.float()
-        if self.zero == "symmetric":
-            values = steps.sub_(2 ** (self.bits - 1)).mul_(scale)
-        elif self.zero == "int":
-            values = steps.sub_(offset[0]).mul_(scale)
-        else:
-            values = steps.mul_(scale).add_(offset[0])
-        if self.along == "tokens":
-            values = values.flatten(2, 3)
-        return (values.flatten(-2) if self._even else values).to(dtype)
+            meta = tuple(part.view(torch.float8_e4m3fn).float() for part in meta)
+        if isinstance(self.group, int):
+            codes = codes.flatten(2, 3) if self._deep else codes
+            scale, zero = meta if len(meta) == 2 else (meta[0], None)
+            states = PackedStates(codes, scale, zero, self.bits, self.group, self.along)
+            return dequantize(states, dtype)
+        group = _group_of_channel(self.group, codes.device)
+        spread = (part.index_select(-1, group) for part in meta)
+        return self._rounding.decode(unpack(codes, self.bits), *spread).to(dtype)
 
     @property
-    def _levels(self) -> int:
-        return int(2**self.bits - 1)
+    def _rounding(self) -> Rounding:
+        group = self.group if isinstance(self.group, int) else 0
+        float8 = self.metadata == "fp8"
+        return Rounding(self.bits, group, self.along, self.zero, self.clip, self.clip_mode, float8)
 
     @property
-    def _even(self) -> bool:
-        return self.along == "channels" and isinstance(self.group, int)
+    def _deep(self) -> bool:
+        """Whether codes have a dimension for the tokens of a block."""
+        return self.along == "tokens"
 
-    def _grouped(self, x: Tensor) -> Tensor:
-        """(B, H, n, C) with groups along a dimension of their own, if they are all of one size."""
-        if self.along == "tokens":
-            return x.unflatten(2, (-1, self.block))
-        return x.unflatten(-1, (-1, self.group)) if isinstance(self.group, int) else x
+    def _encode_uneven(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Packed]:
+        """Codes and metadata of float32 states in groups of such sizes."""
+        group = _group_of_channel(sizes, x.device)
+        empty = x.new_zeros(*x.shape[:-1], len(sizes))
+        low, high = (
+            empty.scatter_reduce(-1, group.expand(x.shape), x, end, include_self=False)
+            for end in ("amin", "amax")
+        )
+        meta = self._rounding.metadata(low, high)
+        spread = (part.float().index_select(-1, group) for part in meta)
+        return pack(self._rounding.encode(x, *spread), self.bits), meta
 
-    def _ends(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
-        """Minimum and maximum of every group, shaped like the metadata."""
-        if self.along == "tokens":
-            return torch.aminmax(grouped, dim=3)
-        if isinstance(self.group, int):
-            return torch.aminmax(grouped, dim=-1)
-        index = _group_of_channel(self.group, grouped.device).expand(grouped.shape)
-        empty = grouped.new_zeros(*grouped.shape[:-1], len(self.group))
-        low = empty.scatter_reduce(-1, index, grouped, "amin", include_self=False)
-        return low, empty.scatter_reduce(-1, index, grouped, "amax", include_self=False)
 
-    def _spread(self, meta: Tensor) -> Tensor:
-        """Metadata of groups, broadcastable to `_grouped`."""
-        if self.along == "tokens":
-            return meta.unsqueeze(3)
-        if isinstance(self.group, int):
-            return meta.unsqueeze(-1)
-        return meta.index_select(-1, _group_of_channel(self.group, meta.device))
-
-    def _metadata(self, low: Tensor, high: Tensor) -> Packed:
-        if self.zero == "symmetric":
-            largest = torch.maximum(low.abs(), high.abs())
-            # SmoothQuant floors absmax at 1e-5; a zero group must decode to zero all the same.
-            step = largest.clamp_min(1e-5) * self.clip / max(2 ** (self.bits - 1) - 1, 1)
-            return (step.clamp(_HALF_TINY, _HALF_MAX).half(),)
-        clipped_low, clipped_high = self._clipped(low, high)
-        scale = self._rounded((clipped_high - clipped_low) / self._levels).float()
-        constant = scale == 0
-        if self.zero == "int":
-            scale = torch.maximum(scale, clipped_low.abs() / _ZERO_MAX)
-            scale = scale.clamp_max(_HALF_MAX).half()
-            zero = torch.round(clipped_low / -scale.float())
-        # Constants are rare, and on a CPU it is cheaper to look for them than to fill them in.
-        if constant.is_cpu and not bool(constant.any()):
-            if self.zero == "int":
-                return scale, zero.clamp(-32768, 32767).to(torch.int16)
-            return self._rounded(scale), self._rounded(clipped_low)
-        middle = (low / 2 + high / 2).clamp(-_HALF_MAX, _HALF_MAX)
-        if self.zero == "float":
-            offset = torch.where(constant, middle, clipped_low)
-            return self._rounded(scale.masked_fill(constant, 1.0)), self._rounded(offset)
-        # A constant v is scale |v|, zero point -sign(v), code 0.
-        size = middle.half().abs()
-        scale = torch.where(constant, size.masked_fill(size == 0, 1.0), scale)
-        zero = torch.where(constant, -middle.half().sign(), zero)
-        return scale, zero.clamp(-32768, 32767).to(torch.int16)
-
-    def _clipped(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        if self.clip == 1.0:
-            return low, high
-        if self.clip_mode == "scale":
-            return low * self.clip, high * self.clip
-        middle, half = low / 2 + high / 2, (high / 2 - low / 2) * self.clip
-        return middle - half, middle + half
-
-    def _rounded(self, meta: Tensor) -> Tensor:
-        if self.metadata == "fp8":
-            return meta.clamp(-448, 448).to(torch.float8_e4m3fn)
-        return meta.clamp(-_HALF_MAX, _HALF_MAX).half()
-
-    def _codes(self, x: Tensor, meta: list[Tensor]) -> Tensor:
-        scale = meta[0]
-        if self.zero == "symmetric":
-            half = 2 ** (self.bits - 1)
-            return (torch.round(x / scale).clamp(-half, half - 1) + half).to(torch.uint8)
-        if self.zero == "int":
-            codes = torch.round(x / scale) + meta[1]
-            return codes.clamp(0, self._levels).to(torch.uint8)
-        return torch.round((x - meta[1]) / scale).clamp(0, self._levels).to(torch.uint8)
+def check_packable(bits: int, length: int) -> None:
+    """Raise UserError unless `length` codes of `bits` bits fill whole bytes."""
+    if bits not in WIDTHS:
+        raise UserError(f"{bits}-bit codes can't be packed; use one of {WIDTHS} bits.")
+    if length * bits % 8:
+        raise UserError(
+            f"{length} channels of {bits} bits don't fill whole bytes; use more bits or another "
+            "group layout."
+        )
 
 
 @lru_cache(maxsize=512)

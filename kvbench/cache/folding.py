@@ -8,15 +8,34 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.contract import LayerSpec
+from kvbench.cache.contract import LayerSpec, Transform
 from kvbench.cache.observers import decoder_stack
 from kvbench.cache.quantized import BoundMethod
 from kvbench.errors import UserError
 
 
+def fold_values(bound: BoundMethod, saved: list[tuple[Tensor, Tensor]] | None = None) -> None:
+    """Fold every layer's value transform into W_V, its bias and W_O (AKVQ-VL, Figure 7), for good.
+
+    `saved`, where given, takes each changed parameter with its original.
+
+    Raises:
+        UserError: a transform has no matrix, or the model's projections aren't separate linears.
+    """
+    layers = decoder_stack(bound.model).layers
+    for layer, quantizer, spec in zip(layers, bound.quantizers, bound.specs, strict=True):
+        transform = quantizer.value.transform
+        if type(transform) is Transform:
+            continue
+        matrices = transform.matrices(spec)
+        if matrices is None:
+            raise UserError("this method's value transform can't be folded into the weights.")
+        _fold(layer.self_attn, matrices, spec, saved)
+
+
 @contextmanager
 def folded_values(bound: BoundMethod) -> Iterator[BoundMethod]:
-    """Fold every layer's value transform into W_V, its bias and W_O (AKVQ-VL, Figure 7).
+    """Fold the value transforms into the weights for the length of a with block.
 
     Yields the method to make caches with. On exit the weights are bit-identical to what they were:
     the originals are kept, not computed back.
@@ -26,12 +45,7 @@ def folded_values(bound: BoundMethod) -> Iterator[BoundMethod]:
     """
     saved: list[tuple[Tensor, Tensor]] = []
     try:
-        layers = decoder_stack(bound.model).layers
-        for layer, quantizer, spec in zip(layers, bound.quantizers, bound.specs, strict=True):
-            matrices = quantizer.value.transform.matrices(spec)
-            if matrices is None:
-                raise UserError("this method's value transform can't be folded into the weights.")
-            _fold(layer.self_attn, matrices, spec, saved)
+        fold_values(bound, saved)
         yield bound.values_folded()
     finally:
         for parameter, original in saved:
@@ -39,7 +53,10 @@ def folded_values(bound: BoundMethod) -> Iterator[BoundMethod]:
 
 
 def _fold(
-    module: nn.Module, matrices: Tensor, spec: LayerSpec, saved: list[tuple[Tensor, Tensor]]
+    module: nn.Module,
+    matrices: Tensor,
+    spec: LayerSpec,
+    saved: list[tuple[Tensor, Tensor]] | None,
 ) -> None:
     """Replace v by v M (rows of W_V, bias) and o by o M⁻¹ (columns of W_O), head by head."""
     v_proj, o_proj = getattr(module, "v_proj", None), getattr(module, "o_proj", None)
@@ -57,6 +74,7 @@ def _fold(
     _replace(o_proj.weight, torch.einsum("ohgd,hde->ohge", columns, inverse), saved)
 
 
-def _replace(parameter: Tensor, value: Tensor, saved: list[tuple[Tensor, Tensor]]) -> None:
-    saved.append((parameter, parameter.data.clone()))
+def _replace(parameter: Tensor, value: Tensor, saved: list[tuple[Tensor, Tensor]] | None) -> None:
+    if saved is not None:
+        saved.append((parameter, parameter.data.clone()))
     parameter.data.copy_(value.reshape(parameter.shape))

@@ -10,10 +10,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvbench.cache.attention import StoredStates, attend, attention
 from kvbench.cache.contract import LayerQuantizer, LayerSpec, Protocols, Tokens
+from kvbench.cache.fused import attend_fused, unfused
 from kvbench.cache.observers import Observed
 from kvbench.cache.ragged import Lengths, Ragged, join, left_aligned, within
 from kvbench.cache.storage import SideStore
 from kvbench.errors import UserError
+from kvbench.kernels.launch import use_triton
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -90,8 +92,7 @@ class QuantizedLayer(CacheLayerMixin):
             out = self._attend_exactly(
                 module, query, step, attention_mask, scaling=scaling, softcap=softcap, **options
             )
-            last = self._attend_stored(query[:, :, -1:], scaling, softcap)
-            out = torch.cat((out[:, :, :-1], last), 2)
+            out[:, :, -1:] = self._attend_stored(query[:, :, -1:], scaling, softcap)
         else:
             out = self._attend_stored(query, scaling, softcap, attention_mask)
         for store in (self.key_store, self.value_store):
@@ -226,20 +227,38 @@ class QuantizedLayer(CacheLayerMixin):
     def _attend_stored(
         self, query: Tensor, scaling: float, softcap: float | None, mask: Tensor | None = None
     ) -> Tensor:
+        query = self.quantizer.key.transform.attend(query)
+        out = None
+        if self._fused(query):
+            out = attend_fused(query, self.key_store, self.value_store, scaling, softcap)
+        if out is None:
+            out = self._attend_read(query, scaling, softcap, mask)
+        reads = zip(self.packed_tokens_read, self.key_store.packed_lengths, strict=True)
+        self.packed_tokens_read = [total + now for total, now in reads]
+        return self.quantizer.value.transform.attend(out)
+
+    def _fused(self, query: Tensor) -> bool:
+        """Whether one kernel reads what is stored: one new token on CUDA that sees all of it."""
+        return (
+            query.shape[2] == 1
+            and self.spec.sliding_window is None
+            and use_triton(query)
+            and unfused(self.quantizer) is None
+        )
+
+    def _attend_read(
+        self, query: Tensor, scaling: float, softcap: float | None, mask: Tensor | None
+    ) -> Tensor:
+        """Attention on everything that is stored, decoded first."""
         keys, values = self._read()
         new = query.shape[2]
-        query = self.quantizer.key.transform.attend(query)
         if softcap is None and self._plainly_causal(new, keys.lengths, mask):
             # In the order of the queries, attention skips what lies ahead: half of the work.
             order = self.key_store.slots().data.argsort(2)[..., None]
             k, v = (torch.take_along_dim(side.data, order, 2) for side in (keys, values))
-            out = attend(query, k, v, None, scaling, causal=True)
-        else:
-            visible = self._visible(new, keys.lengths, keys.data.shape[2], mask)
-            out = attend(query, keys.data, values.data, visible, scaling, softcap)
-        reads = zip(self.packed_tokens_read, self.key_store.packed_lengths, strict=True)
-        self.packed_tokens_read = [total + now for total, now in reads]
-        return self.quantizer.value.transform.attend(out)
+            return attend(query, k, v, None, scaling, causal=True)
+        visible = self._visible(new, keys.lengths, keys.data.shape[2], mask)
+        return attend(query, keys.data, values.data, visible, scaling, softcap)
 
     def _plainly_causal(self, new: int, lengths: Lengths, mask: Tensor | None) -> bool:
         """Whether this is a first prompt without padding, window or mask of the model's own."""

@@ -84,7 +84,8 @@ def left_aligned(x: Tensor, valid: Tensor, counts: Lengths) -> Ragged:
 
 def within(lengths: Lengths, width: int, device: torch.device) -> Tensor:
     """(B, width) bool, True where an entry belongs to its row."""
-    return torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]
+    ends = torch.tensor(lengths).to(device, non_blocking=True)
+    return torch.arange(width, device=device) < ends[:, None]
 
 
 def _take(data: Tensor, index: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def _take(data: Tensor, index: Tensor) -> Tensor:
 @lru_cache(maxsize=256)
 def _slice_index(starts: Lengths, width: int, limit: int, device: torch.device) -> Tensor:
     columns = torch.arange(width)[None] + torch.tensor(starts)[:, None]
-    return columns.clamp_max(limit - 1).to(device)
+    return columns.clamp_max(limit - 1).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)
@@ -110,4 +111,4 @@ def _join_index(lengths: tuple[Lengths, ...], widths: Lengths, device: torch.dev
         for part, width in zip(lengths, widths, strict=True):
             index[row, place : place + part[row]] = torch.arange(start, start + part[row])
             place, start = place + part[row], start + width
-    return index.to(device)
+    return index.to(device, non_blocking=True)

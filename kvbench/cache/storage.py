@@ -117,6 +117,11 @@ class SideStore:
         return tuple(map(sum, zip(*packed, strict=True))) or (0,) * len(self.recent.lengths)
 
     @property
+    def waiting_bits(self) -> Ragged:
+        """(B, 1, n) int8 on the host: bits that the tokens in the window will get."""
+        return self._bits
+
+    @property
     def nbytes(self) -> int:
         """Bytes of every tensor, the bits that tokens in the window wait for among them."""
         return self._bits.nbytes + sum(s.nbytes for s in (*self.segments.values(), self.recent))
@@ -198,7 +203,7 @@ class SideStore:
             if counts == states.lengths:
                 segment.append(states, slots)
                 continue
-            mask = mask.to(states.data.device)
+            mask = mask.to(states.data.device, non_blocking=True)
             chosen = None if slots is None else slots.where(mask, counts)
             segment.append(states.where(mask, counts), chosen)
 

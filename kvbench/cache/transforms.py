@@ -12,6 +12,8 @@ from torch import Tensor
 from kvbench.cache.contract import LayerSpec, Transform
 from kvbench.cache.hadamard import Rotation, rotation
 from kvbench.errors import UserError
+from kvbench.kernels.hadamard import hadamard
+from kvbench.kernels.launch import use_triton
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
@@ -38,6 +40,14 @@ class _Constant:
         if key not in self._copies:
             self._copies[key] = self.value.to(*key)
         return self._copies[key]
+
+
+class _Turn:
+    """A rotation as a matrix of float64 numbers and, if it is Hadamard's, as one of ±1."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = _Constant(matrix)
+        self.signs = _Constant(matrix.sign().to(torch.int8))
 
 
 @cache
@@ -72,9 +82,10 @@ class Rotate(Transform):
             UserError: there is no such rotation.
         """
         matrix = rotation(head_dim, kind, seed)
-        self._sylvester = kind == "hadamard" and head_dim & (head_dim - 1) == 0
-        self._store = _Constant(matrix)
-        self._attend = _Constant(matrix if side == "key" else matrix.T.contiguous())
+        self.is_sylvester = kind == "hadamard" and head_dim & (head_dim - 1) == 0
+        self._hadamard = kind == "hadamard"
+        self._store = _Turn(matrix)
+        self._attend = _Turn(matrix if side == "key" else matrix.T.contiguous())
 
     def store(self, x: Tensor) -> Tensor:
         """(B, H, n, D) times R."""
@@ -84,17 +95,20 @@ class Rotate(Transform):
         """(B, Hq, n, D) times R (queries) or Rᵀ (outputs)."""
         return self._turned(x, self._attend)
 
-    def _turned(self, x: Tensor, matrix: _Constant) -> Tensor:
+    def _turned(self, x: Tensor, turn: _Turn) -> Tensor:
+        scale = x.shape[-1] ** -0.5
+        fast = fast_hadamard() if self.is_sylvester and on_gpu(x) else None
+        if fast is not None:
+            # Sylvester's matrix is symmetric: R and Rᵀ are one.
+            return fast(_wide(x).contiguous(), scale).to(x.dtype)
+        if self._hadamard and use_triton(x):
+            return hadamard(x, scale, None if self.is_sylvester else turn.signs.like(x))
         wide = _wide(x)
-        fast = fast_hadamard() if self._sylvester and on_gpu(x) else None
-        if fast is None:
-            return (wide @ matrix.like(wide)).to(x.dtype)
-        # Sylvester's matrix is symmetric: R and Rᵀ are one.
-        return fast(wide.contiguous(), x.shape[-1] ** -0.5).to(x.dtype)
+        return (wide @ turn.matrix.like(wide)).to(x.dtype)
 
     def matrices(self, spec: LayerSpec) -> Tensor:
         """R for every head."""
-        return self._store.value.expand(spec.num_kv_heads, -1, -1)
+        return self._store.matrix.value.expand(spec.num_kv_heads, -1, -1)
 
 
 class ChannelScale(Transform):

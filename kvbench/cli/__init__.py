@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 import kvbench
-from kvbench.cli import calibrate, data, evaluate, listing, report
+from kvbench.cli import (
+    ablate,
+    analyze,
+    bench,
+    calibrate,
+    compare,
+    data,
+    doctor,
+    efficiency,
+    evaluate,
+    listing,
+    report,
+)
 from kvbench.cli.verbs import Verbs
 
 __all__ = ["app"]
@@ -22,9 +34,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("eval")(evaluate.evaluate)
+app.command("efficiency")(efficiency.efficiency)
+app.command("analyze")(analyze.analyze)
+app.command("ablate")(ablate.ablate)
 app.command("report")(report.report)
 app.command("calibrate")(calibrate.calibrate)
+app.command("compare")(compare.compare)
+app.command("doctor")(doctor.doctor)
 app.command("list")(listing.listing)
+app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ _PACKAGES = (
 )
 
 
-def environment() -> dict[str, Any]:
+def environment(devices: Sequence[str] | None = None) -> dict[str, Any]:
     """Collect versions, platform, devices and the checkout's commit; imports nothing heavy.
 
-    Devices are listed only when torch has been imported already. ``commit`` is None outside a
-    checkout of kvbench.
+    Devices that aren't given are listed only when torch has been imported already. ``commit`` is
+    None outside a checkout of kvbench.
     """
     return {
         "kvbench": kvbench.__version__,
@@ -40,7 +41,7 @@ def environment() -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "devices": _devices(),
+        "devices": _devices() if devices is None else list(devices),
         **_commit(Path(kvbench.__file__).resolve().parents[1]),
     }
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from kvbench.errors import UserError
+from kvbench.evaluation.typed import check_types, fields_of, to_line
 
 SCHEMA = 1
 STORAGES = ("packed", "simulated", "foreign")
@@ -55,7 +53,8 @@ class SampleRow:
     images_sha256: str
     generation: dict[str, Any]
     calibration: str
-    """Fingerprint of the statistics the method was built with; empty if it needs none."""
+    """Fingerprint of the statistics the method was built with, and text-salient layers that aren't
+    the zoo's own; empty without either."""
     batch: int
     """Rows generated together."""
     version: str
@@ -87,13 +86,13 @@ class SampleRow:
 
     def __post_init__(self) -> None:
         """Check every field's type, then the values that exclude each other."""
-        _check_types(self)
+        check_types(self)
         _check_dicts(self)
         _check_values(self)
 
     def to_json(self) -> str:
         """Return the row as one line of JSON, without the newline."""
-        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+        return to_line(self)
 
     @classmethod
     def from_json(cls, line: str) -> SampleRow:
@@ -103,23 +102,7 @@ class SampleRow:
             UserError: The text is no JSON object, another schema's, or lacks, adds or mistypes a
             field.
         """
-        try:
-            data = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"a result row is no JSON ({error}): delete that line") from error
-        if not isinstance(data, dict):
-            raise UserError("a result row is no JSON object: delete that line")
-        if data.get("schema") != SCHEMA:
-            raise UserError(
-                f"result row of schema {data.get('schema')!r}, but this kvbench reads schema "
-                f"{SCHEMA}: use the version that wrote it, or a new output folder"
-            )
-        expected = {field.name for field in dataclasses.fields(cls)}
-        if odd := sorted(expected ^ data.keys()):
-            raise UserError(
-                f"result row lacks or adds {', '.join(odd)}: it wasn't written by this kvbench"
-            )
-        return cls(**data)
+        return cls(**fields_of(line, cls, SCHEMA))
 
 
 def row_key(
@@ -149,28 +132,6 @@ def row_key(
     identity = {**locals(), "generation": dict(generation), "schema": SCHEMA}
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-@functools.cache
-def _types() -> dict[str, tuple[type, ...]]:
-    """What each field may hold; a whole number will do for a float, as in JSON."""
-    found = {}
-    for name, annotation in get_type_hints(SampleRow).items():
-        options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-        plain = tuple(get_origin(option) or option for option in options)
-        found[name] = (*plain, int) if float in plain else plain
-    return found
-
-
-def _check_types(row: SampleRow) -> None:
-    for name, allowed in _types().items():
-        value = getattr(row, name)
-        # A bool is an int in Python, but not in a row.
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            written = SampleRow.__dataclass_fields__[name].type
-            raise UserError(f"result row: {name} is {value!r}, but must be {written}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"result row: {name} is {value!r}, but must be finite")
 
 
 def _check_dicts(row: SampleRow) -> None:

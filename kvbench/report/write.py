@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import UserError
 from kvbench.evaluation.files import write_atomically
@@ -13,7 +14,14 @@ from kvbench.evaluation.store import RUN, SAMPLES, read_rows
 from kvbench.report.board import build
 from kvbench.report.comparison import comparable, paper_csv, paper_markdown
 from kvbench.report.details import details_csv, details_markdown
+from kvbench.report.efficiency_tables import table4_csv, table4_markdown
 from kvbench.report.table2 import table2_csv, table2_markdown
+
+if TYPE_CHECKING:
+    from kvbench.efficiency.rows import EfficiencyRow
+
+EFFICIENCY = "efficiency.jsonl"
+"""What ``kvbench efficiency`` writes; its reader is imported where there is such a file."""
 
 
 def read_results(directory: Path) -> tuple[list[SampleRow], dict[str, Any]]:
@@ -31,10 +39,11 @@ def read_results(directory: Path) -> tuple[list[SampleRow], dict[str, Any]]:
 
 
 def write_report(directory: Path) -> list[Path]:
-    """Write the tables of an output folder into it, from ``samples.jsonl`` and ``run.json`` alone.
+    """Write the tables of an output folder into it, from its rows and ``run.json`` alone.
 
-    These are ``table2.md|csv``, ``details.md|csv`` and, for models and data of the paper,
-    ``paper.md|csv``. The rows may be those of an unfinished run.
+    From ``samples.jsonl`` come ``table2.md|csv``, ``details.md|csv`` and, for models and data of
+    the paper, ``paper.md|csv``; from ``efficiency.jsonl`` what `write_efficiency` writes. The rows
+    may be those of an unfinished run.
 
     Returns:
         The files written.
@@ -42,6 +51,41 @@ def write_report(directory: Path) -> list[Path]:
     Raises:
         UserError: The folder has no rows or can't be written to, or one of the files is broken.
     """
+    if not (directory / EFFICIENCY).exists():
+        return _write_accuracy(directory)
+    accuracy = _write_accuracy(directory) if (directory / SAMPLES).exists() else []
+    return accuracy + write_efficiency(directory, _efficiency_rows(directory))
+
+
+def write_efficiency(directory: Path, rows: Sequence[EfficiencyRow]) -> list[Path]:
+    """Write ``table4.md|csv`` and the figures of memory and throughput, from efficiency rows.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: The folder can't be written to.
+    """
+    from kvbench.report.efficiency_figures import write_figures
+
+    texts = {"table4.md": table4_markdown(rows), "table4.csv": table4_csv(rows)}
+    for name, text in texts.items():
+        write_atomically(directory / name, text)
+    return [*(directory / name for name in texts), *write_figures(directory, rows)]
+
+
+def _efficiency_rows(directory: Path) -> list[EfficiencyRow]:
+    from kvbench.efficiency.rows import read_efficiency
+
+    rows = read_efficiency(directory)
+    if not rows:
+        raise UserError(
+            f"{directory / EFFICIENCY} has no results yet: run kvbench efficiency --out {directory}"
+        )
+    return rows
+
+
+def _write_accuracy(directory: Path) -> list[Path]:
     rows, run = read_results(directory)
     board = build(rows, run)
     texts = {

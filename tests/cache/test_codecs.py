@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kvbench.cache import Affine
-from kvbench.cache.packing import unpack
+from kvbench.cache.codecs import check_packable
 from kvbench.errors import UserError
+from kvbench.kernels.packing import unpack
 
 KINDS = ("int", "float", "symmetric")
 METADATA = [("int", "fp16"), ("float", "fp16"), ("symmetric", "fp16"), ("float", "fp8")]
@@ -105,7 +106,7 @@ def plain_codes(codec: Affine, packed: tuple[torch.Tensor, ...]) -> np.ndarray:
     per_byte = 8 // codec.bits
     data = packed[0].numpy().astype(np.int64)
     lanes = [(data >> (codec.bits * lane)) & (2**codec.bits - 1) for lane in range(per_byte)]
-    return np.stack(lanes, -1).reshape(SHAPE)
+    return np.concatenate(lanes, -1).reshape(SHAPE)
 
 
 def data(seed: int = 0) -> np.ndarray:
@@ -321,6 +322,7 @@ def test_float8_metadata_moves_codes_not_only_values() -> None:
         dict(bits=2, group=8, zero="integer"),
         dict(bits=2, group=8, clip_mode="middle"),
         dict(bits=2, group=8, along="heads"),
+        dict(bits=2, group=(3, 5), along="tokens"),
         dict(bits=2.0, group=8),
         dict(bits="2", group=8),
         dict(bits=True, group=8),
@@ -338,3 +340,16 @@ def test_bad_parameters_are_refused(values: dict[str, Any]) -> None:
 def test_vectors_that_do_not_fit_are_refused(bits: int, group: Any, channels: int) -> None:
     with pytest.raises(UserError):
         Affine(bits, group).check(channels)
+
+
+@pytest.mark.parametrize("bits", [0, 3, 5, 16, -1])
+def test_other_widths_are_refused(bits: int) -> None:
+    with pytest.raises(UserError, match="packed"):
+        check_packable(bits, 64)
+
+
+@pytest.mark.parametrize(("bits", "length"), [(1, 12), (2, 6), (4, 3)])
+def test_codes_must_fill_their_bytes(bits: int, length: int) -> None:
+    with pytest.raises(UserError, match="whole bytes"):
+        check_packable(bits, length)
+    check_packable(bits, length * 8)

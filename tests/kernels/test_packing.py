@@ -1,4 +1,4 @@
-"""Codes in bytes, lowest bits first."""
+"""Codes in bytes, in planes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvbench.cache.packing import check_packable, pack, unpack
-from kvbench.errors import UserError
+from kvbench.kernels.packing import pack, unpack
 
 
 @st.composite
@@ -52,14 +51,25 @@ def test_packing_leaves_its_input_alone() -> None:
     assert torch.equal(values, before)
 
 
-@pytest.mark.parametrize("bits", [0, 3, 5, 16, -1])
-def test_other_widths_are_refused(bits: int) -> None:
-    with pytest.raises(UserError, match="packed"):
-        check_packable(bits, 64)
+def test_codes_of_a_byte_come_from_different_planes() -> None:
+    """Byte j of m holds the codes j, j + m, j + 2m, ..."""
+    values = torch.randint(0, 4, (3, 5, 48), dtype=torch.uint8)
+    packed = pack(values, 2).int()
+    for index in range(48):
+        plane, byte = divmod(index, 12)
+        assert torch.equal((packed[..., byte] >> (2 * plane)) & 3, values[..., index].int())
 
 
-@pytest.mark.parametrize(("bits", "length"), [(1, 12), (2, 6), (4, 3)])
-def test_codes_must_fill_their_bytes(bits: int, length: int) -> None:
-    with pytest.raises(UserError, match="whole bytes"):
-        check_packable(bits, length)
-    check_packable(bits, length * 8)
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_views_are_unpacked_wherever_they_lie(bits: int) -> None:
+    values = torch.randint(0, 2**bits, (4, 7, 128), dtype=torch.uint8)
+    packed = pack(values, bits)
+    crooked = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:].view(packed.shape)
+    crooked.copy_(packed)
+    for view, expected in [
+        (packed[:, 2:5], values[:, 2:5]),
+        (packed[1:, 3], values[1:, 3]),
+        (packed.transpose(0, 1), values.transpose(0, 1)),
+        (crooked, values),
+    ]:
+        assert torch.equal(unpack(view, bits), expected)

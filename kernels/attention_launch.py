@@ -1,0 +1,165 @@
+"""Launches of the decode-attention kernels. Imports Triton, so import this where it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kvbench.kernels.attention_steps_triton import Shape
+from kvbench.kernels.attention_triton import attend, merge
+from kvbench.kernels.attention_unpack_triton import FLOAT, INTEGER, SYMMETRIC, Side
+from kvbench.kernels.states import Span, States
+
+# The interpreter and AMD's compiler know no PTX.
+PLAIN = not isinstance(attend, triton.JITFunction) or torch.version.hip is not None
+
+
+class Tuning(NamedTuple):
+    """How a span's launch is cut: tokens a step, warps a program, stages, registers a thread."""
+
+    tile: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+TUNINGS = {
+    1: Tuning(64, 1, 3),
+    2: Tuning(64, 1, 3),
+    4: Tuning(32, 1, 3),
+    8: Tuning(32, 1, 2),
+    16: Tuning(32, 1, 3),
+}
+"""What was fastest on an H100, by the bits of a span's wider side."""
+
+
+def tuning_of(span: Span) -> Tuning:
+    """The tuning for a span."""
+    return TUNINGS[max(16 if isinstance(s, Tensor) else s.bits for s in (span.keys, span.values))]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every span: see `kvbench.kernels.attention.decode_attention`."""
+
+    query: Tensor
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+    columns: Tensor | None = None
+
+
+def decode(
+    question: Question,
+    spans: Sequence[Span],
+    out: Tensor,
+    splits: int,
+    tunings: Sequence[Tuning] | None = None,
+) -> None:
+    """Write the answer to out (B, Hq, D); the kernels must be able to read all spans."""
+    tunings = tunings or [tuning_of(span) for span in spans]
+    rows, heads, channels = question.query.shape
+    slots = splits * len(spans)
+    if slots == 1:
+        _launch(question, spans[0], out[:, :, None], None, tunings[0])
+        return
+    parts = out.new_empty((rows, heads, slots, channels), dtype=torch.float32)
+    lse = out.new_empty((rows, heads, slots), dtype=torch.float32)
+    for i, (span, tuning) in enumerate(zip(spans, tunings, strict=True)):
+        mine = slice(i * splits, (i + 1) * splits)
+        _launch(question, span, parts[:, :, mine], lse[:, :, mine], tuning)
+    widths = triton.next_power_of_2(channels), triton.next_power_of_2(slots)
+    merge[(rows * heads,)](
+        parts, lse, out, out.stride()[:2], heads, slots, channels, *widths, num_warps=1
+    )
+
+
+def _launch(
+    question: Question, span: Span, out: Tensor, lse: Tensor | None, tuning: Tuning
+) -> None:
+    """One span; out (B, Hq, slots, D) and lse (B, Hq, slots) are its own slots."""
+    rows, heads, channels = question.query.shape
+    key_heads = (span.keys if isinstance(span.keys, Tensor) else span.keys.codes).shape[1]
+    keys, values = side_of(span.keys, span.key_starts), side_of(span.values, span.value_starts)
+    columns = span.columns if question.window is not None else None
+    shape = shape_of(
+        heads // key_heads,
+        channels,
+        keys,
+        tuning,
+        question.softcap is not None,
+        columns is not None,
+    )
+    attend[(rows * key_heads, out.shape[2])](
+        question.query,
+        question.query.stride()[:2],
+        _arguments(span.keys, span.key_starts),
+        _arguments(span.values, span.value_starts),
+        span.lengths,
+        (None, 0, None) if columns is None else (columns, columns.stride(0), question.columns),
+        (question.scaling, question.softcap or 0.0, question.window or 0),
+        out,
+        out.stride()[:3],
+        lse,
+        None if lse is None else lse.stride()[:2],
+        key_heads,
+        keys,
+        values,
+        shape,
+        num_warps=tuning.warps,
+        maxnreg=tuning.registers,
+    )
+
+
+def _arguments(states: States, starts: Tensor | None) -> tuple[Any, ...]:
+    """A side as `side_at` takes it: codes as 16-bit words, any tensor for what isn't there."""
+    if isinstance(states, Tensor):
+        nothing = (0, 0, 0)
+        tensors = states, states, states
+        return *tensors, starts, states.shape[2], states.stride()[:3], nothing, nothing
+    codes = states.codes.view(torch.int16)
+    scale, zero = states.scale, states.scale if states.zero is None else states.zero
+    strides = codes.stride()[:3], scale.stride()[:3], zero.stride()[:3]
+    return codes, scale, zero, starts, codes.shape[2], *strides
+
+
+def side_of(states: States, starts: Tensor | None) -> Side:
+    """How a side is laid out."""
+    if isinstance(states, Tensor):
+        count = states.shape[-1]
+        return Side(16, words=count, width=_width(count), starts=starts is not None)
+    along_tokens = states.along == "tokens"
+    groups = 1 if along_tokens else states.channels // states.group
+    parts = max(1, groups * states.bits // 8)
+    count = states.codes.shape[-1] // 2 // parts
+    return Side(
+        bits=states.bits,
+        zero={"symmetric": SYMMETRIC, "int": INTEGER, "float": FLOAT}[states.zero_kind].value,
+        groups=groups,
+        parts=parts,
+        words=count,
+        width=_width(count),
+        tokens=states.group if along_tokens else 0,
+        starts=starts is not None,
+        blocks=starts is None and states.codes.shape[2] % 8 == 0,
+    )
+
+
+def _width(words: int) -> int:
+    return max(triton.next_power_of_2(words), 16)
+
+
+def shape_of(
+    heads: int, channels: int, keys: Side, tuning: Tuning, softcap: bool, window: bool
+) -> Shape:
+    """The compile-time shape of a launch; a tile never leaves a group of tokens."""
+    copies = triton.next_power_of_2(heads)
+    tile = min(tuning.tile, keys.tokens) if keys.tokens else tuning.tile
+    rows = max(8, copies)
+    streams = min(rows // copies, tile // 8)
+    return Shape(channels, heads, rows, streams, tile, tuning.stages, softcap, window, PLAIN)

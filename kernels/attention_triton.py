@@ -1,0 +1,270 @@
+"""Decode attention in Triton: one span a launch, one program a row, key head and split.
+
+Codes go through shared memory packed and are unpacked in registers (attention_unpack_triton), where
+tensor cores take them from (attention_steps_triton).
+"""
+
+# ruff: noqa: RUF005 - the compiler of kernels joins tuples, but does not unpack them.
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from kvbench.kernels.attention_query_triton import for_codes, load_query, query_sums
+from kvbench.kernels.attention_steps_triton import (
+    NOTHING,
+    Shape,
+    add_values,
+    channel_scores,
+    own_tokens,
+    products,
+    softmax_step,
+    spread,
+    store_result,
+    stream_factors,
+    token_scores,
+    unfolded,
+    weighed,
+    zeros,
+)
+from kvbench.kernels.attention_unpack_triton import (
+    INTEGER,
+    Side,
+    group_count,
+    load_words,
+    slice_count,
+    slices_of,
+    wrapped,
+)
+
+
+@triton.jit
+def tile_range(
+    length: tl.tensor, start: tl.tensor, ALIGN: tl.constexpr, SHAPE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """First and last place of this program's tiles, and the token that stands at place 0.
+
+    With groups along tokens, tiles begin where groups do, so the first may begin before the start.
+    """
+    before = start % SHAPE.tile if ALIGN else 0
+    chunk = tl.cdiv(tl.cdiv(length + before, tl.num_programs(1)), SHAPE.tile) * SHAPE.tile
+    low = tl.program_id(1) * chunk
+    return low, tl.minimum(low + chunk, length + before), before
+
+
+@triton.jit
+def side_at(
+    side: tl.tuple, row: tl.tensor, head: tl.tensor, SIDE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tuple, tl.tensor, tl.tensor]:
+    """A side's pointers for one row and key head, its strides, start and capacity."""
+    states, scale, zero, starts, capacity, strides, scale_strides, zero_strides = side
+    states += row.to(tl.int64) * strides[0] + head * strides[1]
+    if SIDE.bits < 16:
+        scale += row.to(tl.int64) * scale_strides[0] + head * scale_strides[1]
+        if SIDE.zero != 0:
+            zero += row.to(tl.int64) * zero_strides[0] + head * zero_strides[1]
+    start = 0
+    if SIDE.starts:
+        start = tl.load(starts + row) % capacity
+    return states, strides[2], (scale, zero, scale_strides[2], zero_strides[2]), start, capacity
+
+
+@triton.jit
+def prepared(
+    pointer: tl.tensor,
+    heads: tl.tensor,
+    KEYS: tl.constexpr,
+    SHAPE: tl.constexpr,
+    KIND: tl.constexpr,
+) -> tuple[tl.tuple, tl.tuple, tl.tuple, tl.tensor]:
+    """The query as loaded, as multiplied with keys, its groups' sums, and what scores lack."""
+    whole = load_query(pointer, heads[None, :] < SHAPE.heads, KEYS, SHAPE.channels)
+    slices = whole
+    sums: tl.tuple = ()
+    factor = tl.full(heads.shape, 1.0, tl.float32)
+    if KEYS.bits == 16:
+        slices = (whole[0].to(KIND),)
+    elif KEYS.tokens == 0:
+        slices, common = for_codes(whole, KEYS)
+        sums = query_sums(slices, KEYS)
+        factor = 1.0 / common
+    return whole, slices, sums, factor
+
+
+@triton.jit
+def nothing_yet(
+    VALUES: tl.constexpr, SHAPE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tuple, tl.tuple]:
+    """The state before the first tile: largest score, denominator, sums of slices and of zeros."""
+    ROWS: tl.constexpr = SHAPE.rows
+    WIDTH: tl.constexpr = VALUES.width
+    sums: tl.tuple = ()
+    shares: tl.tuple = ()
+    for _ in tl.static_range(slice_count(VALUES)):
+        sums = sums + (tl.zeros([WIDTH, ROWS], tl.float32),)
+    for _ in tl.static_range(group_count(VALUES)):
+        shares = shares + (zeros(SHAPE),)
+    return tl.full([ROWS], NOTHING, tl.float32), zeros(SHAPE), sums, shares
+
+
+@triton.jit
+def scores_of(
+    query: tl.tuple,
+    side: tl.tuple,
+    tile: tl.tensor,
+    before: tl.tensor,
+    inside: tl.tensor,
+    blocks: tl.tensor,
+    KEYS: tl.constexpr,
+    SHAPE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Folded products of `prepared`'s query with a tile of keys, in its units; and their rows."""
+    whole, slices, sums, _ = query
+    pointer, stride, meta, start, capacity = side
+    rows = wrapped(tile - before + tl.arange(0, SHAPE.tile), start, capacity, KEYS.starts)
+    words = load_words(pointer, rows, inside, stride, KEYS, False)
+    keys = slices_of(words, KEYS, SHAPE.plain)
+    if KEYS.bits == 16:
+        scores = products(slices, keys, 0, KEYS, SHAPE)
+    elif KEYS.tokens > 0:
+        first = (tile - before + start) % capacity
+        scores = channel_scores(whole, keys, meta, first, KEYS, SHAPE)
+    else:
+        scores = token_scores(slices, sums, keys, meta, rows, inside, blocks, KEYS, SHAPE)
+    return scores, rows
+
+
+@triton.jit
+def attend(
+    query: tl.tensor,
+    query_strides: tl.tuple,
+    keys: tl.tuple,
+    values: tl.tuple,
+    lengths: tl.tensor,
+    columns: tl.tuple,
+    limits: tl.tuple,
+    out: tl.tensor,
+    out_strides: tl.tuple,
+    lse: tl.tensor,
+    lse_strides: tl.tuple,
+    key_heads: int,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    SHAPE: tl.constexpr,
+) -> None:
+    """One split of one span for the query heads of one key head; grid (rows · key heads, splits).
+
+    query (B, Hq, D); keys and values: see `side_at`; columns: the tokens' (B, N), its stride, the
+    query's (B,); limits: scaling, softcap, window; out (B, Hq, slots, D) and lse (B, Hq, slots)
+    begin at this span's first slot, one a split. lse is base two; None if there's one slot in all.
+    """
+    row, head = tl.program_id(0) // key_heads, tl.program_id(0) % key_heads
+    key, value = side_at(keys, row, head, KEYS), side_at(values, row, head, VALUES)
+    low, high, before = tile_range(tl.load(lengths + row), key[3], KEYS.tokens > 0, SHAPE)
+    heads = tl.arange(0, SHAPE.rows) % (SHAPE.rows // SHAPE.streams)
+    first = head * SHAPE.heads
+    query += row.to(tl.int64) * query_strides[0] + (first + heads[None, :]) * query_strides[1]
+    question = prepared(query, heads, KEYS, SHAPE, key[0].dtype.element_ty)
+    largest, total, sums, shares = nothing_yet(VALUES, SHAPE)
+    oldest = tl.load(columns[2] + row) - limits[2] if SHAPE.window else 0
+    TILE: tl.constexpr = SHAPE.tile
+    own, every = own_tokens(SHAPE), tl.arange(0, TILE)
+    for tile_start in tl.range(low, high, TILE, num_stages=SHAPE.stages):
+        tile = tl.multiple_of(tile_start, TILE)
+        inside = (tile + every >= before) & (tile + every < high)
+        valid = (tile + own >= before) & (tile + own < high)
+        blocks = (tile + every) // 8 * 8 < high
+        scores, rows = scores_of(question, key, tile, before, inside, blocks, KEYS, SHAPE)
+        if SHAPE.window:
+            column = tl.load(columns[0] + row * columns[1] + rows, mask=inside, other=0)
+            valid = valid & spread(column > oldest, SHAPE)
+        scores = scores * (question[3] * limits[0])[:, None]
+        p, decay, largest, total = softmax_step(scores, valid, largest, total, limits[1], SHAPE)
+        rows = wrapped(tile - before + every, value[3], value[4], VALUES.starts)
+        words = load_words(value[0], rows, inside, value[1], VALUES, True)
+        if VALUES.bits == 16:
+            operands = (unfolded(p.to(value[0].dtype.element_ty), SHAPE),)
+        else:
+            operands, shares = weighed(
+                p, decay, shares, value[2], rows, inside, blocks, VALUES, SHAPE
+            )
+        sums = add_values(sums, decay, slices_of(words, VALUES, SHAPE.plain), operands, VALUES)
+    weight, log = stream_factors(largest, total, SHAPE)
+    out += row.to(tl.int64) * out_strides[0] + first * out_strides[1]
+    out += tl.program_id(1) * out_strides[2]
+    store_result(out, out_strides[1], sums, shares, weight, VALUES, SHAPE)
+    if lse is not None:
+        heads = tl.arange(0, SHAPE.rows // SHAPE.streams)
+        lse += row * lse_strides[0] + (first + heads) * lse_strides[1] + tl.program_id(1)
+        tl.store(lse, log, mask=heads < SHAPE.heads)
+
+
+@triton.jit
+def merge(
+    parts: tl.tensor,
+    lse: tl.tensor,
+    out: tl.tensor,
+    out_strides: tl.tuple,
+    heads: int,
+    slots: int,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+) -> None:
+    """Weigh parts (B, Hq, slots, D) by lse (B, Hq, slots), both contiguous; grid (B · Hq,)."""
+    program = tl.program_id(0).to(tl.int64)
+    slot, dims = tl.arange(0, SLOTS), tl.arange(0, WIDTH)
+    log = tl.load(lse + program * slots + slot, mask=slot < slots, other=2 * NOTHING)
+    weight = tl.exp2(log - tl.max(log, 0))
+    weight = weight / tl.sum(weight, 0)
+    inside = (slot < slots)[:, None] & (dims < D)[None, :]
+    part = tl.load(
+        parts + (program * slots + slot[:, None]) * D + dims[None, :], mask=inside, other=0.0
+    )
+    total = tl.sum(part * weight[:, None], 0)
+    place_out = out + program // heads * out_strides[0] + program % heads * out_strides[1] + dims
+    tl.store(place_out, total.to(out.dtype.element_ty), mask=dims < D)
+
+
+def compile_examples() -> list[tuple[Any, dict[str, Any], dict[str, Any], int]]:
+    """Kernel, types of its arguments, constants and warps, for ahead-of-time compilation."""
+    examples = []
+    strides = ("i32", "i32", "i32")
+    exact, tail = Side(16, words=128, width=128), Side(16, words=128, width=128, starts=True)
+    packed = Side(2, 2, words=16, width=16, blocks=True)
+    kivi = Side(2, 1, words=16, width=16, tokens=32, starts=True)
+    groups = Side(4, 0, groups=4, parts=2, words=16, width=16)
+    for keys, values, heads, rich in (
+        (packed, packed, 1, False),
+        (packed, groups, 4, True),
+        (kivi, tail, 1, False),
+        (exact, exact, 7, True),
+    ):
+        types: dict[str, Any] = dict.fromkeys(("query", "out"), "*fp16") | {"lengths": "*i32"}
+        types |= {"query_strides": strides[:2], "out_strides": strides, "key_heads": "i32"}
+        types |= {"limits": ("fp32", "fp32", "i32")}
+        constants: dict[Any, Any] = {}
+        for place_of, name, side in ((2, "keys", keys), (3, "values", values)):
+            states = "*fp16" if side.bits == 16 else "*i16"
+            zero = "*i16" if side.zero == INTEGER.value else "*fp16"
+            starts = "*i32" if side.starts else "constexpr"
+            types[name] = (states, "*fp16", zero, starts, "i32", strides, strides, strides)
+            if not side.starts:
+                constants[place_of, 3] = None
+        if rich:
+            types |= {"columns": ("*i32", "i32", "*i32")}
+            types |= {"lse": "*fp32", "lse_strides": strides[:2]}
+        else:
+            types |= {"columns": ("constexpr", "i32", "constexpr")}
+            constants |= {(5, 0): None, (5, 2): None}
+            constants |= {"lse": None, "lse_strides": None}
+        copies = triton.next_power_of_2(heads)
+        shape = Shape(128, heads, 8, min(8 // copies, 4), 32, 3, rich, rich, False)
+        constants |= {"KEYS": keys, "VALUES": values, "SHAPE": shape}
+        examples.append((attend, types, constants, 1))
+    types = {"parts": "*fp32", "lse": "*fp32", "out": "*fp16", "out_strides": strides[:2]}
+    types |= {"heads": "i32", "slots": "i32"}
+    examples.append((merge, types, {"D": 128, "WIDTH": 128, "SLOTS": 8}, 1))
+    return examples

@@ -1,0 +1,27 @@
+"""Where kernels run: Triton on CUDA tensors, plain torch anywhere else."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether Triton kernels can work on a tensor."""
+    return x.is_cuda and _has_triton()
+
+
+def why_not(x: Tensor) -> str | None:
+    """One sentence on why plain torch works on a tensor, None where Triton kernels do."""
+    if not x.is_cuda:
+        return f"The tensors are on {x.device.type}, and the kernels need CUDA."
+    if not _has_triton():
+        return "The package triton is not installed."
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

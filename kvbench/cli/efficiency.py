@@ -1,0 +1,166 @@
+"""``kvbench efficiency``: memory, largest batch and throughput of every method."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbench.cli.options import Dtype, Models
+from kvbench.cli.progress import Terminal
+from kvbench.cli.report import show
+from kvbench.cli.verbs import INTERRUPTED
+from kvbench.errors import UserError
+
+if TYPE_CHECKING:
+    from kvbench.efficiency.scenario import Conditions, Scenario
+
+_RUNS = Path("results/runs")
+_GOALS = "goals.md"
+
+
+class Preset(StrEnum):
+    """Sets of scenarios."""
+
+    PAPER = "paper"
+
+
+Gpu = Annotated[
+    str, typer.Option(help="v100, a100_40, a100_80, h100, h200, rtx4090, or auto: this card.")
+]
+Methods = Annotated[
+    str | None, typer.Option(help="all, or names with parameters; fp16,akvq_vl if not given.")
+]
+Input = Annotated[int | None, typer.Option(help="Tokens of a prompt; 600 if not given.")]
+Output = Annotated[int | None, typer.Option(help="Tokens of an answer; 512 if not given.")]
+Vision = Annotated[
+    int | None, typer.Option(help="Of the prompt; as many whole images as fit if not given.")
+]
+Batch = Annotated[
+    str | None,
+    typer.Option(help="Batches to measure, such as 8,64,largest; the largest if not given."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the results; continues a run that is there already."),
+]
+Plan = Annotated[bool, typer.Option("--plan", help="Only print what the capacity model expects.")]
+Named = Annotated[
+    Preset | None, typer.Option(help="Measure a set of scenarios and print its goals.")
+]
+Prefill = Annotated[
+    int | None, typer.Option(help="Prompts that the engine runs at once; by length if not given.")
+]
+Minutes = Annotated[float | None, typer.Option(help="Stop after them with what there is.")]
+
+
+def efficiency(
+    gpu: Gpu = "v100",
+    models: Models = "llava15_7b",
+    methods: Methods = None,
+    input_tokens: Input = None,
+    output_tokens: Output = None,
+    vision_tokens: Vision = None,
+    batch: Batch = None,
+    out: Out = None,
+    plan: Plan = False,
+    preset: Named = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one try.")] = 600.0,
+    minutes: Minutes = None,
+    tolerance: Annotated[float, typer.Option(help="Share to find the largest batch to.")] = 0.01,
+    prefill_rows: Prefill = None,
+    seed: Annotated[int, typer.Option(help="Of random weights and prompts.")] = 0,
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure memory and speed of methods in a static decode engine, each try in a new process.
+
+    Without a GPU, or for one with more memory than there is, the capacity model answers.
+    """
+    from kvbench.efficiency.profiles import choose_profile
+    from kvbench.efficiency.scenario import Conditions
+
+    tokens = {
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "vision_tokens": vision_tokens,
+    }
+    scenarios = _scenarios(preset, models, methods, batch, tokens)
+    conditions = Conditions(
+        target=choose_profile(gpu),
+        out=out or _RUNS / time.strftime("%Y%m%d-%H%M%S"),
+        dtype=dtype,
+        seed=seed,
+        prefill_rows=prefill_rows,
+        timeout=timeout,
+        minutes=minutes,
+        tolerance=tolerance,
+    )
+    if plan:
+        from kvbench.efficiency.run import expected
+
+        typer.echo(expected(scenarios, conditions))
+    else:
+        _run(scenarios, conditions, preset)
+
+
+def _scenarios(
+    preset: Preset | None,
+    models: str,
+    methods: str | None,
+    batches: str | None,
+    tokens: dict[str, int | None],
+) -> list[Scenario]:
+    from kvbench.efficiency.preset import paper_scenarios
+    from kvbench.efficiency.scenario import grid, read_batches
+
+    given = {name: value for name, value in tokens.items() if value is not None}
+    if preset is None:
+        return grid(models, methods or "fp16,akvq_vl", read_batches(batches or "largest"), **given)
+    named = {"methods": methods, "batch": batches, **given}
+    for option, value in named.items():
+        if value is not None:
+            name = option.replace("_", "-")
+            raise UserError(f"--preset {preset} has its own --{name}: leave one of them out")
+    return paper_scenarios(models)
+
+
+def _run(scenarios: list[Scenario], conditions: Conditions, preset: Preset | None) -> None:
+    from kvbench.efficiency.run import measure
+
+    interrupted = False
+    try:
+        with Terminal() as progress:
+            measure(scenarios, conditions, progress)
+    except KeyboardInterrupt:
+        interrupted = True
+        typer.echo(
+            f"interrupted: the rows so far are in {conditions.out}; "
+            f"the same command with --out {conditions.out} goes on from there",
+            err=True,
+        )
+    if _has_rows(conditions.out):
+        show(conditions.out)
+        if preset is not None:
+            _show_goals(conditions.out)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _show_goals(directory: Path) -> None:
+    from kvbench.efficiency.preset import goals_table
+    from kvbench.efficiency.rows import read_efficiency
+    from kvbench.evaluation.files import write_atomically
+
+    rows = read_efficiency(directory)
+    write_atomically(directory / _GOALS, goals_table(rows, "github") + "\n")
+    typer.echo(f"{directory / _GOALS}\n\n{goals_table(rows)}")
+
+
+def _has_rows(directory: Path) -> bool:
+    from kvbench.efficiency.rows import ROWS
+
+    rows = directory / ROWS
+    return rows.is_file() and rows.stat().st_size > 0

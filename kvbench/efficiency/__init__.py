@@ -1,0 +1,1 @@
+"""What a method gives back: memory, batch, throughput, measured or, without a GPU, modelled."""

@@ -1,0 +1,209 @@
+"""Llama-shaped decoder stacks with fused kernels around torch's matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from kvbench.cache.contract import Transform
+from kvbench.cache.layer import QuantizedLayer
+from kvbench.cache.observers import decoder_stack
+from kvbench.cache.quantized import QuantizedCache
+from kvbench.cache.transforms import Rotate
+from kvbench.efficiency.static_cache import StaticCache
+from kvbench.kernels.decoder_ops import add_rms_norm, rope, silu_mul
+
+TakeLayer = Callable[[int, QuantizedLayer], None]
+"""Is given each layer's storage as soon as it is complete."""
+LLAMA_SHAPED = ("llama", "mistral", "qwen2")
+"""Model types of transformers whose decoder layer is: norm, q k v, rotary, o, norm, SwiGLU."""
+
+
+class FusedDecoder:
+    """The decoder stack of a model, for prompts on quantized caches and for steps on static ones.
+
+    Projections that share their input become one matrix; the model's own modules keep working, as
+    views of it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Fuse the weights in place."""
+        self._stack = decoder_stack(model)
+        self._head = model.get_output_embeddings()
+        self._layers = [_FusedLayer(layer) for layer in self._stack.layers]
+
+    @property
+    def linear_parameters(self) -> int:
+        """Numbers in the matrices that every token is multiplied with."""
+        head: int = self._head.weight.numel()
+        return head + sum(layer.parameters for layer in self._layers)
+
+    def step(self, tokens: Tensor, cache: StaticCache) -> Tensor:
+        """(B,) int64 token ids to logits (B, vocabulary)."""
+        cache.begin()
+        hidden = embedding(tokens, self._stack.embed_tokens.weight)
+        places = cache.tokens[:, None].long()
+        cos, sin = (x[:, 0] for x in self._stack.rotary_emb(hidden[:, None], places))
+        residual: Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            hidden, residual = layer.step(hidden, residual, cos, sin, index, cache)
+        normed, _ = _norm(self._stack.norm, hidden, residual)
+        cache.end()
+        logits: Tensor = linear(normed, self._head.weight, self._head.bias)
+        return logits
+
+    @contextmanager
+    def serving_prompts(self, take: TakeLayer) -> Iterator[None]:
+        """Within this context the model's own forward runs unpadded prompts through this stack."""
+        plain = self._stack.forward
+
+        def forward(
+            input_ids: Tensor | None = None,
+            attention_mask: Tensor | None = None,
+            past_key_values: Any = None,
+            inputs_embeds: Tensor | None = None,
+            **options: Any,
+        ) -> Any:
+            if attention_mask is not None or not isinstance(past_key_values, QuantizedCache):
+                return plain(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    inputs_embeds=inputs_embeds,
+                    **options,
+                )
+            if inputs_embeds is None:
+                inputs_embeds = self._stack.embed_tokens(input_ids)
+            states = self.prefill(inputs_embeds, past_key_values, take)
+            return BaseModelOutputWithPast(
+                last_hidden_state=states, past_key_values=past_key_values
+            )
+
+        self._stack.forward = forward
+        try:
+            yield
+        finally:
+            del self._stack.forward
+
+    def prefill(self, embeddings: Tensor, cache: QuantizedCache, take: TakeLayer) -> Tensor:
+        """(b, n, hidden) prompts without padding to the last states (b, n, hidden)."""
+        rows, new, width = embeddings.shape
+        places = torch.arange(new, device=embeddings.device)[None]
+        cos, sin = self._stack.rotary_emb(embeddings, places)
+        cos, sin = (x.expand(rows, -1, -1).reshape(rows * new, -1) for x in (cos, sin))
+        hidden, residual = embeddings.reshape(rows * new, width), None
+        for index, layer in enumerate(self._layers):
+            hidden, residual = layer.prefill(hidden, residual, cos, sin, rows, cache, index)
+            take(index, cache.layers[index])
+        normed, _ = _norm(self._stack.norm, hidden, residual)
+        return normed.view(rows, new, width)
+
+
+class _FusedLayer:
+    """One decoder layer, on (T, hidden) tokens."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._attention = attention
+        self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        self._qkv = _fused([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._gate_up = _fused([mlp.gate_proj, mlp.up_proj])
+        self._out, self._down = attention.o_proj, mlp.down_proj
+        matrices = (self._qkv[0], self._gate_up[0], self._out.weight, self._down.weight)
+        self.parameters = sum(matrix.numel() for matrix in matrices)
+
+    def step(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        index: int,
+        cache: StaticCache,
+    ) -> tuple[Tensor, Tensor]:
+        """One token a row: what comes out and the residual stream it is to be added to."""
+        normed, residual = _norm(self._norms[0], hidden, residual)
+        layer = cache.layers[index]
+        transform, spec = layer.key_transform, layer.spec
+        rotate = isinstance(transform, Rotate) and transform.is_sylvester
+        query, keys, values = rope(
+            linear(normed, *self._qkv), cos, sin, spec.num_heads, spec.num_kv_heads, rotate
+        )
+        if not rotate and type(transform) is not Transform:
+            keys = transform.store(keys[:, :, None])[:, :, 0]
+            query = transform.attend(query[:, :, None])[:, :, 0]
+        cache.append(index, keys, values)
+        out = cache.attend(index, query, self._attention.scaling)
+        cache.settle(index)
+        return self._rest(out.flatten(1), residual)
+
+    def prefill(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        rows: int,
+        cache: QuantizedCache,
+        index: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Whole prompts, one row's tokens after another's."""
+        normed, residual = _norm(self._norms[0], hidden, residual)
+        if cache.observed.needs.residual:
+            cache.observed.residual[index] = residual.view(rows, -1, residual.shape[-1])
+        layer = cache.layers[index]
+        spec = layer.spec
+        query, keys, values = (
+            x.unflatten(0, (rows, -1)).transpose(1, 2)
+            for x in rope(
+                linear(normed, *self._qkv), cos, sin, spec.num_heads, spec.num_kv_heads, False
+            )
+        )
+        step, _ = layer.update(keys, values)
+        out = layer.attend(self._attention, query, step, None, self._attention.scaling)
+        return self._rest(out.transpose(1, 2).reshape(len(hidden), -1), residual)
+
+    def _rest(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Output projection and MLP."""
+        hidden = linear(attended, self._out.weight, self._out.bias)
+        normed, residual = _norm(self._norms[1], hidden, residual)
+        gated = silu_mul(linear(normed, *self._gate_up))
+        return linear(gated, self._down.weight, self._down.bias), residual
+
+
+def unsupported_model(model: PreTrainedModel) -> str | None:
+    """Why a model has no fused decoder, or None if it has."""
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in LLAMA_SHAPED:
+        return f"its decoder ({config.model_type}) is not Llama-shaped"
+    if getattr(config, "hidden_act", "silu") != "silu":
+        return f"its activation is {config.hidden_act}"
+    return None
+
+
+def _norm(norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    return add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)
+
+
+def _fused(modules: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """One weight and bias for all; each module's own become views of them."""
+    weight = _joined([module.weight for module in modules])
+    if modules[0].bias is None:
+        return weight, None
+    return weight, _joined([module.bias for module in modules])
+
+
+def _joined(parameters: list[nn.Parameter]) -> Tensor:
+    joined = torch.cat([parameter.data for parameter in parameters])
+    start = 0
+    for parameter in parameters:
+        parameter.data = joined[start : start + len(parameter)]
+        start += len(parameter)
+    return joined

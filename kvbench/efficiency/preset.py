@@ -1,0 +1,179 @@
+"""The paper's efficiency claims as one run: what is measured, and how large each gain should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tabulate import tabulate
+
+from kvbench.efficiency.plan import model_capacity
+from kvbench.efficiency.rows import EfficiencyRow
+from kvbench.efficiency.scenario import Scenario
+from kvbench.efficiency.workload import Workload
+from kvbench.errors import UserError
+from kvbench.registry import MODELS
+
+MODEL, GPU = "llava15_7b", "v100"
+_OURS, _FP16, _PLAIN, _QUANTO = "akvq_vl", "fp16", "hf_dynamic", "hf_quanto_int2"
+_SHORT, _LONG, _ANSWER = 600, 4000, 512
+_EQUAL, _PEERS = 40, 80
+"""Equal batches: the paper's fp16 batch, and one that transformers' quanto cache can hold."""
+
+
+def paper_scenarios(model: str = MODEL) -> list[Scenario]:
+    """Everything that `goals` asks for, what matters most first."""
+
+    def scenario(method: str, tokens: int = _SHORT, batch: int | None = None) -> Scenario:
+        return Scenario(model, method, tokens, _ANSWER, batch=batch)
+
+    return [
+        scenario(_FP16),
+        scenario(_OURS),
+        scenario(_PLAIN),
+        scenario(_OURS, batch=_EQUAL),
+        scenario(_FP16, batch=_EQUAL),
+        scenario(_PLAIN, batch=_EQUAL),
+        scenario(_FP16, _LONG),
+        scenario(_OURS, _LONG),
+        scenario(_OURS, batch=_PEERS),
+        scenario(_QUANTO, batch=_PEERS),
+    ]
+
+
+class Rows:
+    """Rows of one run that were measured, found by method, prompt and batch."""
+
+    def __init__(self, rows: Iterable[EfficiencyRow]) -> None:
+        self._rows = {
+            (row.method, row.input_tokens, row.fixed_batch): row
+            for row in rows
+            if row.memory != "modelled"
+        }
+
+    def get(
+        self, method: str, tokens: int = _SHORT, batch: int | None = None
+    ) -> EfficiencyRow | None:
+        """The row, if it has figures."""
+        row = self._rows.get((method, tokens, batch))
+        return row if row is not None and row.status == "ok" else None
+
+    def ratio(
+        self,
+        figure: str,
+        over: str,
+        method: str = _OURS,
+        tokens: int = _SHORT,
+        batch: int | None = None,
+    ) -> float | None:
+        """A figure of `method` over the same of `over`; None where either is missing."""
+        values = [_figure(self.get(each, tokens, batch), figure) for each in (method, over)]
+        return values[0] / values[1] if values[0] is not None and values[1] else None
+
+    def kept(self) -> float | None:
+        """Cache and workspace at equal batch, fp16 over akvq_vl."""
+        pair = [self.get(method, batch=_EQUAL) for method in (_FP16, _OURS)]
+        sizes = [row and sum(filter(None, (row.cache_bytes, row.workspace_bytes))) for row in pair]
+        return sizes[0] / sizes[1] if sizes[0] and sizes[1] else None
+
+    def worst_model(self) -> float | None:
+        """The capacity model's largest error of a measured peak, in percent of it."""
+        errors = [_error(row) for row in self._rows.values() if row.status == "ok"]
+        return max((error for error in errors if error is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure and how good it should be.
+
+    Attributes:
+        what: The figure.
+        unit: "×" or "%".
+        least: It should be at least as good.
+        hope: It would be good; None: no more is hoped for.
+        value: Its value, None where rows are missing.
+        below: Whether smaller is better.
+    """
+
+    what: str
+    unit: Literal["×", "%"]  # noqa: RUF001
+    least: float
+    hope: float | None
+    value: Callable[[Rows], float | None]
+    below: bool = False
+
+    def verdict(self, value: float | None) -> str:
+        """How the value stands against both marks."""
+        sign = -1 if self.below else 1
+        if value is None:
+            return "not measured"
+        if sign * value < sign * self.least:
+            return "missed"
+        return "hoped for" if self.hope and sign * value >= sign * self.hope else "met"
+
+
+_TIMES: Literal["×"] = "×"  # noqa: RUF001
+GOALS: tuple[Goal, ...] = (
+    Goal(f"largest batch, {_SHORT} in, {_ANSWER} out: akvq_vl over fp16", _TIMES, 3.25, 3.6,
+         lambda rows: rows.ratio("batch", _FP16)),
+    Goal("throughput there: akvq_vl over fp16", _TIMES, 2.2, 2.6,
+         lambda rows: rows.ratio("throughput", _FP16)),
+    Goal("throughput there: akvq_vl over plain generate", _TIMES, 6, 12,
+         lambda rows: rows.ratio("throughput", _PLAIN)),
+    Goal("decode step over its floor there: fp16", _TIMES, 1.35, 1.15,
+         lambda rows: _figure(rows.get(_FP16), "over_floor"), below=True),
+    Goal("decode step over its floor there: akvq_vl", _TIMES, 1.35, 1.15,
+         lambda rows: _figure(rows.get(_OURS), "over_floor"), below=True),
+    Goal(f"throughput at batch {_EQUAL}: fp16 over plain generate", _TIMES, 3, 6,
+         lambda rows: rows.ratio("throughput", _PLAIN, _FP16, batch=_EQUAL)),
+    Goal(f"cache and workspace at batch {_EQUAL}: fp16 over akvq_vl", _TIMES, 3.2, 3.7,
+         lambda rows: rows.kept()),
+    Goal(f"largest batch, {_LONG} in, {_ANSWER} out: akvq_vl over fp16", _TIMES, 5, 5.6,
+         lambda rows: rows.ratio("batch", _FP16, tokens=_LONG)),
+    Goal("throughput there: akvq_vl over fp16", _TIMES, 3.8, 4.8,
+         lambda rows: rows.ratio("throughput", _FP16, tokens=_LONG)),
+    Goal(f"throughput at batch {_PEERS}: akvq_vl over quanto's 2-bit cache", _TIMES, 5, 10,
+         lambda rows: rows.ratio("throughput", _QUANTO, batch=_PEERS)),
+    Goal("largest error of the capacity model's peak", "%", 5, None,
+         lambda rows: rows.worst_model(), below=True),
+)  # fmt: skip
+
+
+def goals_table(rows: Sequence[EfficiencyRow], style: str = "simple") -> str:
+    """Every goal with its marks and what was measured; `style` as of tabulate."""
+    found = Rows(rows)
+    lines = []
+    for goal in GOALS:
+        value = goal.value(found)
+        marks = ["" if mark is None else _mark(goal, mark) for mark in (goal.least, goal.hope)]
+        got = "-" if value is None else f"{value:.2f}{goal.unit}"
+        lines.append([goal.what, *marks, got, goal.verdict(value)])
+    headers = ["what", "at least", "hope for", "measured", ""]
+    alignment = ("left", "right", "right", "right", "left")
+    return tabulate(lines, headers, style, disable_numparse=True, colalign=alignment)
+
+
+def _mark(goal: Goal, mark: float) -> str:
+    return f"{'≤ ' if goal.below else ''}{mark:g}{goal.unit}"
+
+
+def _figure(row: EfficiencyRow | None, name: str) -> float | None:
+    return None if row is None else getattr(row, name)
+
+
+def _error(row: EfficiencyRow) -> float | None:
+    """Of the capacity model's peak, in percent; None where there is no model or no measurement.
+
+    Of plain `generate` the allocator's figure counts: the driver's has all that growing caches
+    left behind, up to the limit.
+    """
+    workload = Workload(row.input_tokens, row.vision_tokens, row.output_tokens, row.batch)
+    try:
+        model = model_capacity(MODELS.get(row.model), row.method, row.dtype)
+    except UserError:
+        return None
+    peak = model.footprint(workload, row.prefill_rows)
+    generate = row.runner == "generate"
+    expected, found = (peak.allocated, row.peak_torch) if generate else (peak.total, row.peak_nvml)
+    return 100 * abs(expected / found - 1) if found else None

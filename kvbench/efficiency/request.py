@@ -1,0 +1,109 @@
+"""One try: what to run, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from kvbench.cache.contract import Protocols
+from kvbench.efficiency.workload import Workload
+
+Runner = Literal["engine", "generate"]
+Status = Literal["ok", "oom", "failed", "timeout"]
+
+
+@dataclass(frozen=True)
+class TrialRequest:
+    """One model, one method, one batch."""
+
+    model: str
+    """Name in the zoo, or name=/folder."""
+    method: str
+    """Name and parameters of a method."""
+    workload: Workload
+    runner: Runner
+    """kvbench's engine, or transformers' own `generate`."""
+    protocol: Protocols = "exact_prefill"
+    device: str = "cuda"
+    dtype: str = "float16"
+    memory_limit: int | None = None
+    """Bytes that the process may take on the device, its context among them; None: all there are.
+    """
+    prefill_rows: int = 8
+    """Rows of a prefill micro-batch."""
+    probe: bool = False
+    """Only find out whether it fits: one micro-batch stands in for all, a few steps for the rest.
+    """
+    seed: int = 0
+
+    def with_batch(self, batch: int, probe: bool) -> TrialRequest:
+        """The same with another batch."""
+        return replace(self, workload=replace(self.workload, batch=batch), probe=probe)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> TrialRequest:
+        """Read what `save` wrote."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**content, "workload": Workload(**content["workload"])})
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What a try gave. Memory in bytes, times in seconds; None where there is nothing to say."""
+
+    status: Status
+    detail: str = ""
+    """One sentence when the status is not ok."""
+    weights: Literal["real", "random"] = "random"
+    path: str = ""
+    """"graph", "eager: why" or "generate"."""
+    peak_nvml: int | None = None
+    """Of the process, from the driver."""
+    nvml_source: str = ""
+    peak_torch: int | None = None
+    cache_bytes: int | None = None
+    """Allocated for keys and values, to the byte."""
+    weight_bytes: int | None = None
+    """Language model, embeddings and head included."""
+    vision_bytes: int | None = None
+    """Vision tower and projector."""
+    workspace_bytes: int | None = None
+    """What the decode step keeps besides the cache."""
+    activation_bytes: int | None = None
+    """The rest of the allocator's peak: prefill activations."""
+    ttft_s: float | None = None
+    """Until the first token of every row is there."""
+    ttft_first_s: float | None = None
+    """Until the first micro-batch has its first token."""
+    tpot_s: tuple[float, ...] = ()
+    """One a decode step."""
+    prefill_s: float | None = None
+    decode_s: float | None = None
+    total_s: float | None = None
+    bytes_per_step: float | None = None
+    """What a mean decode step must read: weights and cache."""
+    flops_per_step: float | None = None
+    copy_bandwidth: float | None = None
+    """Bytes a second of a large copy on the device in this process, read and written."""
+    matmul_rate: float | None = None
+    """FLOP/s of a large product in the model's dtype in this process."""
+    packed_tokens_read: int | None = None
+    """Tokens that attention took from below 16 bits, summed over layers, rows and steps."""
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TrialResult:
+        """Read what `save` wrote; unknown names are left out."""
+        known = {field.name for field in fields(cls)}
+        kept = {name: value for name, value in content.items() if name in known}
+        return cls(**{**kept, "tpot_s": tuple(kept.get("tpot_s", ()))})

@@ -1,0 +1,313 @@
+"""A packed cache of fixed size: filled from quantized caches, then read and grown by kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvbench.cache.codecs import Affine
+from kvbench.cache.contract import EXACT, LayerQuantizer, LayerSpec, Side, Transform
+from kvbench.cache.layer import QuantizedLayer
+from kvbench.cache.quantized import BoundMethod
+from kvbench.cache.ragged import Lengths, Ragged
+from kvbench.cache.storage import SideStore
+from kvbench.efficiency.schedule import Moves, Reach, ResidualKeys, SharedWindow
+from kvbench.efficiency.support import unsupported
+from kvbench.efficiency.workload import SideLayout, Workload, cache_layout
+from kvbench.errors import UserError
+from kvbench.kernels.append import append
+from kvbench.kernels.attention import decode_attention
+from kvbench.kernels.quantize import Rounding, quantize_into
+from kvbench.kernels.states import PackedStates, Span, States
+
+
+class StaticSide:
+    """Keys or values of one layer: a store a precision, and one buffer of exact tokens.
+
+    The exact buffer is (B, H, E + R, D): E tokens that stay exact for good, then the ring.
+    """
+
+    def __init__(
+        self,
+        side: Side,
+        layout: SideLayout,
+        spec: LayerSpec,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate for `rows` rows."""
+        self.side, self.layout = side, layout
+        shape = (rows, spec.num_kv_heads)
+        self.packed = {
+            bits: _allocate(_affine(side, bits), (*shape, room, spec.head_dim), device)
+            for bits, room in layout.packed.items()
+        }
+        width = layout.exact + layout.ring
+        self.exact = torch.empty(*shape, width, spec.head_dim, dtype=dtype, device=device)
+        self._roundings = {bits: rounding(_affine(side, bits)) for bits in layout.packed}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.exact.nbytes + sum(states.nbytes for states in self.packed.values())
+
+    def append(self, states: Tensor, moves: Moves) -> None:
+        """Take one token a row, (B, H, D) in the stored basis."""
+        # Groups along tokens are packed as blocks, after attention.
+        single = {bits: of for bits, of in self._roundings.items() if of.along == "channels"}
+        stores: list[States] = [self.packed[bits] for bits in single]
+        roundings: list[Rounding | None] = list(single.values())
+        if self.layout.exact:
+            stores.append(self.exact)
+            roundings.append(None)
+        ring = self.exact if self.layout.ring else None
+        slot = moves.places if moves.slot is None else moves.slot
+        append(states, ring, slot, stores, roundings, moves.leaving, moves.places)
+
+    def pack_ring(self, counts: Tensor, places: Tensor) -> None:
+        """Pack the first counts[b] tokens of the ring as a block."""
+        ((bits, store),) = self.packed.items()
+        quantize_into(self.exact, self._roundings[bits], store, counts=counts, destinations=places)
+
+    def of(self, bits: int) -> States:
+        """The store of a precision."""
+        return self.exact if bits == EXACT else self.packed[bits]
+
+    def admit(self, rows: slice, store: SideStore, forever: bool) -> None:
+        """Copy what a reference cache holds into some rows.
+
+        Raises:
+            UserError: a row has more tokens of a precision than there is room for.
+        """
+        for bits, segment in store.segments.items():
+            if not max(segment.lengths):
+                continue
+            if bits == EXACT:
+                self._admit_exact(rows, segment.parts[0], forever)
+                continue
+            target = self.packed[bits]
+            self._check_room(max(segment.lengths), target.codes.shape[2], bits)
+            for part, into in zip(segment.parts, _tensors(target), strict=True):
+                data = part.trimmed()
+                if data.dim() > into.dim():  # tokens of a group have a dimension of their own
+                    data = data.flatten(2, 3)
+                into[rows, :, : data.shape[2]].copy_(data)
+        if max(store.recent.lengths):
+            width, start = max(store.recent.lengths), self.layout.exact
+            self._check_room(width, self.layout.ring, EXACT)
+            self.exact[rows, :, start : start + width].copy_(
+                store.recent.parts[0].data[:, :, :width]
+            )
+
+    def _admit_exact(self, rows: slice, states: Ragged, forever: bool) -> None:
+        """At the start if they grow for ever, else right before the ring."""
+        room = self.layout.ring if forever else self.layout.exact
+        self._check_room(max(states.lengths), room, EXACT)
+        into = self.exact[rows]
+        if len(set(states.lengths)) == 1:  # one copy instead of one a row
+            length = states.lengths[0]
+            start = 0 if forever else room - length
+            into[:, :, start : start + length].copy_(states.data[:, :, :length])
+            return
+        for row, length in enumerate(states.lengths):
+            start = 0 if forever else room - length
+            into[row, :, start : start + length].copy_(states.data[row, :, :length])
+
+    def _check_room(self, tokens: int, room: int, bits: int) -> None:
+        if tokens > room:
+            raise UserError(
+                f"a row has {tokens} tokens at {bits} bits where the static cache has room for "
+                f"{room}; the plan depends on the data in a way that its rehearsal did not show."
+            )
+
+
+class StaticLayer:
+    """One layer: where its tokens go and what its queries read."""
+
+    def __init__(self, key: StaticSide, value: StaticSide, spec: LayerSpec) -> None:
+        """Two sides."""
+        self.key, self.value, self.spec = key, value, spec
+
+    @property
+    def key_transform(self) -> Transform:
+        """The basis of keys; that of values is folded into the weights."""
+        return self.key.side.transform
+
+
+class StaticCache:
+    """All layers and the counters that they share."""
+
+    def __init__(
+        self,
+        bound: BoundMethod,
+        workload: Workload,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate.
+
+        Raises:
+            UserError: `unsupported` has something to say about the method.
+        """
+        layout = cache_layout(bound.quantizers, bound.specs, workload, dtype.itemsize)
+        if reason := unsupported(bound, workload):
+            raise UserError(f"{bound.method.label} can't use a static cache: {reason}.")
+        rows = workload.batch
+        self.layout, self.device = layout, device
+        self.layers = [
+            StaticLayer(
+                *(
+                    StaticSide(side, room, spec, rows, dtype, device)
+                    for side, room in zip((q.key, q.value), of.sides, strict=True)
+                ),
+                spec,
+            )
+            for q, of, spec in zip(bound.quantizers, layout.layers, bound.specs, strict=True)
+        ]
+        kind = SharedWindow if _shares_window(bound.quantizers[0]) else ResidualKeys
+        self.schedule = kind(layout.layers, rows, device)
+        self.packed_tokens_read = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(layer.key.nbytes + layer.value.nbytes for layer in self.layers)
+
+    @property
+    def counter_nbytes(self) -> int:
+        """Bytes of the counters."""
+        return sum(tensor.nbytes for tensor in self.schedule.state)
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B,) int32, tokens of each row."""
+        return self.schedule.tokens
+
+    def admit(self, rows: slice, index: int, source: QuantizedLayer) -> None:
+        """Copy what a layer of a reference cache holds after the prompts of some rows."""
+        layer, schedule = self.layers[index], self.schedule
+        keys, values = source.key_store, source.value_store
+        forever = isinstance(schedule, SharedWindow) and schedule.forever
+        layer.key.admit(rows, keys, forever)
+        layer.value.admit(rows, values, forever)
+        schedule.tokens[rows] = tokens = self._ints(keys.lengths)
+        if isinstance(schedule, ResidualKeys):
+            schedule.keys[rows] = self._ints(keys.packed_lengths)
+            schedule.first[rows] = schedule.values[rows] = self._ints(values.packed_lengths)
+        elif not forever:
+            schedule.first[rows] = tokens - self._ints(keys.recent.lengths)
+            self._count(schedule, index, rows, keys)
+
+    def reset(self) -> None:
+        """Forget all rows; the memory stays."""
+        for tensor in (*self.schedule.state, self.packed_tokens_read):
+            tensor.zero_()
+
+    def begin(self) -> None:
+        """Start a decode step."""
+        self.schedule.begin()
+        self.packed_tokens_read += self.schedule.packed_tokens()
+
+    def append(self, index: int, keys: Tensor, values: Tensor) -> None:
+        """Take one token a row, (B, H, D) in the stored basis."""
+        layer, (key, value) = self.layers[index], self.schedule.moves(index)
+        layer.key.append(keys, key)
+        layer.value.append(values, value)
+
+    def attend(self, index: int, query: Tensor, scaling: float) -> Tensor:
+        """(B, Hq, D), in the basis of the stored keys, to the outputs (B, Hq, D)."""
+        return decode_attention(query, self.spans(index), scaling)
+
+    def settle(self, index: int) -> None:
+        """Pack what waits for the step to have attended."""
+        if isinstance(self.schedule, ResidualKeys):
+            self.layers[index].key.pack_ring(self.schedule.flush, self.schedule.keys)
+
+    def end(self) -> None:
+        """Count the step's tokens."""
+        self.schedule.end()
+
+    def spans(self, index: int) -> list[Span]:
+        """What the newest token of every row attends to."""
+        layer, schedule = self.layers[index], self.schedule
+        key, value = layer.key, layer.value
+        if isinstance(schedule, ResidualKeys):
+            ((bits, keys),) = key.packed.items()
+            sides: Sequence[tuple[States, States]] = (
+                (keys, value.of(bits)),
+                (keys, value.exact),
+                (key.exact, value.exact),
+            )
+            return [_span(*pair, reach) for pair, reach in zip(sides, schedule.spans, strict=True)]
+        precisions = [*key.packed, *([EXACT] if key.exact.shape[2] else [])]
+        return [
+            _span(key.of(bits), value.of(bits), schedule.reach(index, bits)) for bits in precisions
+        ]
+
+    def _count(self, schedule: SharedWindow, index: int, rows: slice, store: SideStore) -> None:
+        for bits, segment in store.segments.items():
+            if max(segment.lengths):
+                schedule.held[bits][index, rows] = self._ints(segment.lengths)
+        if schedule.ring:
+            width = max(store.recent.lengths)
+            waiting = store.waiting_bits.data[:, 0, :width]
+            schedule.waiting[index, rows, :width] = waiting.to(self.device)
+
+    def _ints(self, values: Lengths) -> Tensor:
+        return _on_device(values, self.device)
+
+
+@lru_cache(maxsize=256)
+def _on_device(values: Lengths, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32).to(device)
+
+
+def rounding(codec: Affine) -> Rounding:
+    """A codec in the kernels' terms."""
+    group = codec.group if isinstance(codec.group, int) else 0
+    return Rounding(codec.bits, group, codec.along, codec.zero, codec.clip, codec.clip_mode)
+
+
+def _shares_window(quantizer: LayerQuantizer) -> bool:
+    return quantizer.key.window == quantizer.value.window
+
+
+def _affine(side: Side, bits: int) -> Affine:
+    codec = side.codecs[bits]
+    if not isinstance(codec, Affine):
+        raise TypeError(f"{codec} is no Affine codec")
+    return codec
+
+
+def _allocate(
+    codec: Affine, shape: tuple[int, int, int, int], device: torch.device
+) -> PackedStates:
+    """Room for (B, H, N, D) states."""
+    *outer, tokens, channels = shape
+    group = codec.group if isinstance(codec.group, int) else channels
+    along_tokens = codec.along == "tokens"
+    meta = (
+        (*outer, tokens // group, channels) if along_tokens else (*outer, tokens, channels // group)
+    )
+    kinds = {"int": torch.int16, "float": torch.float16, "symmetric": None}
+    zero = kinds[codec.zero]
+    return PackedStates(
+        torch.empty(*outer, tokens, channels * codec.bits // 8, dtype=torch.uint8, device=device),
+        torch.empty(meta, dtype=torch.float16, device=device),
+        None if zero is None else torch.empty(meta, dtype=zero, device=device),
+        codec.bits,
+        group,
+        codec.along,
+    )
+
+
+def _tensors(states: PackedStates) -> list[Tensor]:
+    return [t for t in (states.codes, states.scale, states.zero) if t is not None]
+
+
+def _span(keys: States, values: States, reach: Reach) -> Span:
+    return Span(keys, values, reach.lengths, reach.key_starts, reach.value_starts)

@@ -1,0 +1,286 @@
+"""One try in this process: load, allocate, generate, measure.
+
+`python -m kvbench.efficiency.trial REQUEST.json RESULT.json` runs one; whatever ends it early, the
+caller finds out from the missing result.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.cache.calibration import STATISTICS
+from kvbench.cache.contract import Calibration
+from kvbench.cache.foreign import ForeignCache
+from kvbench.cache.observers import decoder_stack
+from kvbench.cache.quantized import BoundMethod, bind, resolve
+from kvbench.cache.specs import layer_specs
+from kvbench.efficiency.ceilings import copy_bandwidth, matmul_rate
+from kvbench.efficiency.engine import Engine, StaticEngine, make_engine
+from kvbench.efficiency.meters import peak_memory
+from kvbench.efficiency.peers import run_generate
+from kvbench.efficiency.prompts import micro_batches
+from kvbench.efficiency.request import TrialRequest, TrialResult
+from kvbench.efficiency.workload import Workload, cache_layout
+from kvbench.errors import UserError
+
+PROBE_STEPS = 3
+
+
+def run_trial(request: TrialRequest) -> TrialResult:
+    """Run a request; running out of memory is a result.
+
+    Raises:
+        UserError: there is no such model or method, or they don't go together.
+    """
+    try:
+        return _run(request)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return TrialResult("oom", detail=str(error).splitlines()[0])
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
+            return TrialResult("oom", detail=str(error).splitlines()[0])
+        raise
+
+
+def main(arguments: list[str]) -> int:
+    """Run the request in a file and write the result to another."""
+    # Segments that grow leave no holes: what fits is decided by bytes, not by their order.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    request, result = (Path(argument) for argument in arguments)
+    try:
+        outcome = run_trial(TrialRequest.load(request))
+    except UserError as error:
+        outcome = TrialResult("failed", detail=str(error))
+    outcome.save(result)
+    return 0
+
+
+def _run(request: TrialRequest) -> TrialResult:
+    device, method = torch.device(request.device), resolve(request.method)
+    with peak_memory(device, request.memory_limit) as peak:
+        ceilings: dict[str, float] = {}
+        if device.type == "cuda" and not request.probe:
+            ceilings["copy_bandwidth"] = copy_bandwidth(device)
+            ceilings["matmul_rate"] = matmul_rate(device, getattr(torch, request.dtype))
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        model, entry, weights = _load(request)
+        if request.runner == "generate":
+            result = run_generate(request, model, method)
+        elif isinstance(method, ForeignCache):
+            raise UserError(f"{method.label} brings its own cache; run it with `generate`.")
+        else:
+            bound = bind(
+                model,
+                method,
+                protocol=request.protocol,
+                calibration=_made_up(method.needs.statistics, model),
+                text_salient_layers=entry.tsa_layers,
+            )
+            result = _run_engine(request, bound)
+    return replace(result, weights=weights, **ceilings, **peak.fields())
+
+
+def _load(request: TrialRequest) -> tuple[Any, Any, Any]:
+    """The model, its entry, and whether its weights are real."""
+    from kvbench.evaluation.hardware import load
+    from kvbench.models.architectures import random_model
+    from kvbench.models.find import find_model
+
+    entry = find_model(request.model)
+    try:
+        return load(entry, request.device, request.dtype).model, entry, "real"
+    except UserError:
+        if entry.folder is not None:
+            raise
+        dtype = getattr(torch, request.dtype)
+        return random_model(entry, request.device, dtype, request.seed), entry, "random"
+
+
+def _made_up(names: tuple[str, ...], model: Any) -> Calibration | None:
+    """Statistics that cost nothing: speed and memory don't depend on their values."""
+    if not names:
+        return None
+    specs = layer_specs(model.config)
+    shape = (len(specs), specs[0].num_kv_heads, specs[0].head_dim)
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    return Calibration({name: noise for name in STATISTICS if name in names})
+
+
+def _run_engine(request: TrialRequest, bound: BoundMethod) -> TrialResult:
+    model, workload = bound.model, request.workload
+    watch = _Watch(model.device)
+    weights = _weight_bytes(model)
+    before = _reserved(model.device)
+    engine = make_engine(model, bound, workload)
+    added = _reserved(model.device) - before
+    if request.probe:
+        _probe(request, engine, bound)
+        return TrialResult("ok", path=engine.path, cache_bytes=engine.cache_nbytes)
+    _generate(request, engine, bound, watch)
+    cache = engine.cache_nbytes
+    workspace = max(added - cache, 0) if isinstance(engine, StaticEngine) else 0
+    known = {**weights, "workspace_bytes": workspace}
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved()
+        known["activation_bytes"] = max(peak - sum(known.values()) - cache, 0)
+    return TrialResult(
+        "ok",
+        path=engine.path,
+        cache_bytes=cache,
+        packed_tokens_read=engine.packed_tokens_read,
+        **known,
+        **watch.fields(),
+        **_work(bound, workload, weights["weight_bytes"], _linear_parameters(model)),
+    )
+
+
+def _probe(request: TrialRequest, engine: Engine, bound: BoundMethod) -> None:
+    """Take a few steps after as few prompts as show how much memory all of them take.
+
+    A static cache has its memory from the start, so one micro-batch will do.
+    """
+    done = 0
+    prompts = micro_batches(bound.model, request.workload, request.prefill_rows, request.seed)
+    for some in prompts:
+        engine.prefill(done, some)
+        done += len(some["input_ids"])
+        if isinstance(engine, StaticEngine):
+            break
+    for _ in range(min(PROBE_STEPS, request.workload.output_tokens - 1)):
+        engine.decode()
+    _synchronize(bound.model.device)
+
+
+def _generate(request: TrialRequest, engine: Engine, bound: BoundMethod, watch: _Watch) -> None:
+    workload = request.workload
+    prompts = micro_batches(bound.model, workload, request.prefill_rows, request.seed)
+    _probe(request, engine, bound)  # compiles what is left to compile
+    engine.forget()
+    watch.start()
+    done = 0
+    for some in prompts:
+        engine.prefill(done, some)
+        done += len(some["input_ids"])
+        watch.prefilled()
+    for _ in range(workload.output_tokens - 1):
+        engine.decode()
+        watch.stepped()
+    watch.stop()
+
+
+@dataclass
+class _Watch:
+    """Wall clock for phases, events for steps: nothing waits for the device between steps."""
+
+    device: torch.device
+    _marks: list[Any] = field(default_factory=list)
+    _begun: float = 0.0
+    _first: float = 0.0
+    _prefill: float = 0.0
+    _total: float = 0.0
+
+    def start(self) -> None:
+        """Begin."""
+        _synchronize(self.device)
+        self._begun = time.perf_counter()
+
+    def prefilled(self) -> None:
+        """A micro-batch has its first tokens."""
+        _synchronize(self.device)
+        self._prefill = time.perf_counter() - self._begun
+        self._first = self._first or self._prefill
+        self._marks = [self._mark()]
+
+    def stepped(self) -> None:
+        """Every row has one more token."""
+        self._marks.append(self._mark())
+
+    def stop(self) -> None:
+        """End."""
+        _synchronize(self.device)
+        self._total = time.perf_counter() - self._begun
+
+    def fields(self) -> dict[str, Any]:
+        """Names and values of a result."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        return {
+            "ttft_s": self._prefill,
+            "ttft_first_s": self._first,
+            "prefill_s": self._prefill,
+            "decode_s": self._total - self._prefill,
+            "total_s": self._total,
+            "tpot_s": tuple(self._between(*pair) for pair in pairs),
+        }
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if self.device.type != "cuda":
+            return float(end - start)
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def _work(
+    bound: BoundMethod, workload: Workload, weight_bytes: int, parameters: int
+) -> dict[str, float]:
+    """What a mean decode step must read and multiply, from shapes alone."""
+    layout = cache_layout(bound.quantizers, bound.specs, workload, bound.model.dtype.itemsize)
+    held = range(workload.input_tokens + 1, workload.cached_tokens + 1)
+    read = sum(layout.read_nbytes(tokens) for tokens in held) / max(len(held), 1)
+    embeddings = bound.model.get_input_embeddings().weight.nbytes
+    return {
+        "bytes_per_step": weight_bytes - embeddings + workload.batch * read,
+        "flops_per_step": 2.0 * parameters * workload.batch,
+    }
+
+
+def _linear_parameters(model: Any) -> int:
+    """Numbers in the matrices that every token is multiplied with."""
+    layers = [m for m in decoder_stack(model).layers.modules() if isinstance(m, nn.Linear)]
+    head: int = model.get_output_embeddings().weight.numel()
+    return head + sum(module.weight.numel() for module in layers)
+
+
+def _weight_bytes(model: Any) -> dict[str, int]:
+    """Bytes of the language model with its embeddings and head, and of the rest."""
+    language = [decoder_stack(model), model.get_output_embeddings()]
+    mine = _bytes({id(p): p for part in language for p in _tensors(part)}.values())
+    return {"weight_bytes": mine, "vision_bytes": _bytes(_tensors(model)) - mine}
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _reserved(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
