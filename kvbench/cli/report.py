@@ -1,4 +1,4 @@
-"""``kvbench report``: tables from result rows."""
+"""``kvbench report``: tables from result rows, and a page to look at."""
 
 from __future__ import annotations
 
@@ -7,15 +7,31 @@ from typing import Annotated
 
 import typer
 
+from kvbench.errors import UserError
+
 
 def report(
     directory: Annotated[
         Path,
         typer.Argument(metavar="DIR", help="Folder that kvbench eval or kvbench efficiency wrote."),
     ],
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write one self-contained page, for a browser without network."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="KVBENCH_DATA",
+            help="Folder of the data, for questions and pictures in the page; minimile needs none.",
+        ),
+    ] = None,
 ) -> None:
     """Print the table of a finished or unfinished run, and write it as Markdown, CSV, figures."""
     show(directory)
+    if html is not None:
+        write_html(directory, html, data)
+        typer.echo(str(html))
 
 
 def show(directory: Path) -> None:
@@ -39,3 +55,25 @@ def show_efficiency(directory: Path) -> None:
     from kvbench.report import efficiency_text
 
     typer.echo(efficiency_text(read_efficiency(directory)))
+
+
+def write_html(directory: Path, path: Path, data: Path | None) -> None:
+    """Write the page of `directory`, with questions and pictures where the data can be had.
+
+    Raises:
+        UserError: The folder of the data is missing, or the page can't be written.
+    """
+    from kvbench.cli.questions import read_questions
+    from kvbench.efficiency.rows import read_efficiency
+    from kvbench.evaluation.store import SAMPLES
+    from kvbench.report import read_results
+    from kvbench.report.html import Content, file_hashes, write_page
+    from kvbench.report.write import EFFICIENCY
+
+    if data is not None and not data.is_dir():
+        raise UserError(f"data folder {data} does not exist: check the path given with --data")
+    rows, run = read_results(directory) if (directory / SAMPLES).exists() else ([], {})
+    speeds = read_efficiency(directory) if (directory / EFFICIENCY).exists() else []
+    questions, remarks = read_questions(rows, data)
+    hashes = file_hashes(directory)
+    write_page(path, Content(rows, run, speeds, questions, remarks, hashes))

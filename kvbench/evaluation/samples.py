@@ -74,7 +74,7 @@ def ask(loaded: LoadedModel, task: Task, sample: Sample) -> Question:
         raise UserError(f"{task.folder}, {error}") from error
     text = task.user_turn(prompt)
     full = hashlib.sha256(loaded.style.render(text).encode()).hexdigest()
-    return Question(task, sample, prompt, text, full, _images_hash(prompt.images))
+    return Question(task, sample, prompt, text, full, images_hash(prompt.images))
 
 
 def encoded(loaded: LoadedModel, questions: Sequence[Question]) -> ModelInputs:
@@ -98,7 +98,12 @@ def encoded(loaded: LoadedModel, questions: Sequence[Question]) -> ModelInputs:
     return batch(inputs, loaded.pad_id)
 
 
-def _images_hash(paths: Sequence[Path]) -> str:
+def images_hash(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 (hex) over the files, each after its length in eight bytes.
+
+    Raises:
+        UserError: a file can't be read.
+    """
     digest = hashlib.sha256()
     for path in paths:
         content = image_bytes(path)

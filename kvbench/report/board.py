@@ -91,7 +91,7 @@ def build(rows: Iterable[SampleRow], run: Mapping[str, Any] | None = None) -> Le
     """
     groups: dict[Setting, list[SampleRow]] = defaultdict(list)
     for row in rows:
-        groups[_setting(row)].append(row)
+        groups[setting_of(row)].append(row)
     planned = _planned(run or {})
     ordered = sorted(groups, key=_block_rank)
     blocks = (_block(s, groups[s], _due(s, groups, planned)) for s in ordered)
@@ -112,7 +112,8 @@ def _due(
     return {task: n for task, n in planned.items() if task in own or task not in elsewhere}
 
 
-def _setting(row: SampleRow) -> Setting:
+def setting_of(row: SampleRow) -> Setting:
+    """Return the setting of a row's block."""
     return Setting(
         model=row.model,
         protocol=row.protocol,
@@ -132,7 +133,7 @@ def _block_rank(setting: Setting) -> tuple[Any, ...]:
 
 def _block(setting: Setting, rows: Sequence[SampleRow], planned: Mapping[str, int]) -> Block:
     paper = paper_table()
-    rows = _newest_tasks(rows)
+    rows = newest_tasks(rows)
     groups: dict[tuple[str, str], list[SampleRow]] = defaultdict(list)
     seen: dict[str, set[int]] = defaultdict(set)
     for row in rows:
@@ -157,7 +158,8 @@ def _block(setting: Setting, rows: Sequence[SampleRow], planned: Mapping[str, in
     return Block(setting, tasks, methods, cells, overall, averaged)
 
 
-def _newest_tasks(rows: Sequence[SampleRow]) -> list[SampleRow]:
+def newest_tasks(rows: Sequence[SampleRow]) -> list[SampleRow]:
+    """Return the rows of each task's newest version: the only ones that a block shows."""
     newest: dict[str, int] = {}
     for row in rows:
         newest[row.task] = max(row.task_version, newest.get(row.task, row.task_version))
