@@ -133,7 +133,7 @@ def _splits(query: Tensor, spans: Sequence[Span]) -> int:
     return max(1, min(wanted, longest // MIN_TOKENS, MAX_SPLITS))
 
 
-PROGRAMS = 16
+PROGRAMS = 8
 """Programs that a multiprocessor can run at once."""
 MIN_TOKENS = 256
 """Tokens that a split should have at least."""

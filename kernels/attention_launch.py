@@ -31,16 +31,19 @@ class Tuning(NamedTuple):
 TUNINGS = {
     1: Tuning(64, 1, 3),
     2: Tuning(64, 1, 3),
-    4: Tuning(32, 1, 3),
-    8: Tuning(32, 1, 2),
+    4: Tuning(64, 1, 2),
+    8: Tuning(64, 1, 2),
     16: Tuning(32, 1, 3),
 }
 """What was fastest on an H100, by the bits of a span's wider side."""
+TWO_BITS_ALONE = Tuning(64, 1, 2, 128)
+"""At 2 bits where each query head has a key head of its own: more programs at a time win."""
 
 
-def tuning_of(span: Span) -> Tuning:
-    """The tuning for a span."""
-    return TUNINGS[max(16 if isinstance(s, Tensor) else s.bits for s in (span.keys, span.values))]
+def tuning_of(span: Span, copies: int) -> Tuning:
+    """The tuning for a span whose key heads serve `copies` query heads each."""
+    bits = max(16 if isinstance(s, Tensor) else s.bits for s in (span.keys, span.values))
+    return TWO_BITS_ALONE if bits == 2 and copies == 1 else TUNINGS[bits]
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,11 @@ def decode(
     tunings: Sequence[Tuning] | None = None,
 ) -> None:
     """Write the answer to out (B, Hq, D); the kernels must be able to read all spans."""
-    tunings = tunings or [tuning_of(span) for span in spans]
     rows, heads, channels = question.query.shape
+    key_heads = (spans[0].keys if isinstance(spans[0].keys, Tensor) else spans[0].keys.codes).shape[
+        1
+    ]
+    tunings = tunings or [tuning_of(span, heads // key_heads) for span in spans]
     slots = splits * len(spans)
     if slots == 1:
         _launch(question, spans[0], out[:, :, None], None, tunings[0])
@@ -96,17 +102,14 @@ def _launch(
         columns is not None,
     )
     attend[(rows * key_heads, out.shape[2])](
-        question.query,
-        question.query.stride()[:2],
+        (question.query, *question.query.stride()[:2]),
         _arguments(span.keys, span.key_starts),
         _arguments(span.values, span.value_starts),
         span.lengths,
         (None, 0, None) if columns is None else (columns, columns.stride(0), question.columns),
         (question.scaling, question.softcap or 0.0, question.window or 0),
-        out,
-        out.stride()[:3],
-        lse,
-        None if lse is None else lse.stride()[:2],
+        (out, *out.stride()[:3]),
+        (None, 0, 0) if lse is None else (lse, *lse.stride()[:2]),
         key_heads,
         keys,
         values,

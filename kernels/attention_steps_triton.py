@@ -1,10 +1,9 @@
 """The steps of decode attention over one tile of tokens, in registers.
 
 The query heads of a key head seldom fill the eight rows that a tensor core's instruction has, so
-the rows hold several copies of them, the streams, and stream r answers for every r-th block of
-eight tokens. No row is idle then, the softmax works on no more numbers than there are, and each
-stream is a softmax of its own until the end. Row n is stream n div (rows / streams), head n mod
-(rows / streams).
+the rows hold several copies of them, the streams, and each answers for its own part of a tile. No
+row is idle then, the softmax works on no more numbers than there are, and each stream is a softmax
+of its own until the end. Row n is stream n div (rows / streams), head n mod (rows / streams).
 """
 
 # ruff: noqa: RUF005 - the compiler of kernels joins tuples, but does not unpack them.
@@ -50,48 +49,42 @@ class Shape(NamedTuple):
 
 
 @triton.jit
-def stream_of_row(SHAPE: tl.constexpr) -> tl.tensor:
-    """(rows,) each row's stream."""
-    return tl.arange(0, SHAPE.rows) // (SHAPE.rows // SHAPE.streams)
+def own_stream(SHAPE: tl.constexpr) -> tl.tensor:
+    """(streams, 1, rows) whether a row belongs to a stream."""
+    stream = tl.arange(0, SHAPE.rows) // (SHAPE.rows // SHAPE.streams)
+    return (tl.arange(0, SHAPE.streams)[:, None] == stream[None, :])[:, None, :]
 
 
 @triton.jit
 def folded(scores: tl.tensor, SHAPE: tl.constexpr) -> tl.tensor:
     """(tile, rows) to (rows, tile / streams): of each row the scores of its own tokens."""
-    FOLDED: tl.constexpr = SHAPE.tile // SHAPE.streams
-    own = tl.arange(0, SHAPE.streams)[:, None] == stream_of_row(SHAPE)[None, :]
-    blocks = scores.reshape(FOLDED // 8, SHAPE.streams, 8, SHAPE.rows)
-    kept = tl.sum(tl.where(own[None, :, None, :], blocks, 0.0), 1).permute(2, 0, 1)
-    return kept.reshape(SHAPE.rows, FOLDED)
+    blocks = scores.reshape(SHAPE.streams, SHAPE.tile // SHAPE.streams, SHAPE.rows)
+    return tl.sum(tl.where(own_stream(SHAPE), blocks, 0.0), 0).trans()
 
 
 @triton.jit
 def unfolded(weights: tl.tensor, SHAPE: tl.constexpr) -> tl.tensor:
     """The inverse: (rows, tile / streams) to (tile, rows), zero for other rows' tokens."""
-    FOLDED: tl.constexpr = SHAPE.tile // SHAPE.streams
-    own = tl.arange(0, SHAPE.streams)[:, None] == stream_of_row(SHAPE)[None, :]
-    blocks = weights.reshape(SHAPE.rows, FOLDED // 8, 1, 8)
-    blocks = tl.where(own[None, :, None, :], blocks.permute(1, 2, 3, 0), 0.0)
+    blocks = tl.where(own_stream(SHAPE), weights.trans()[None, :, :], 0.0)
     return blocks.reshape(SHAPE.tile, SHAPE.rows)
 
 
 @triton.jit
 def own_tokens(SHAPE: tl.constexpr) -> tl.tensor:
     """(rows, tile / streams) the token of a tile for which each folded number stands."""
-    column = tl.arange(0, SHAPE.tile // SHAPE.streams)
-    blocks = (column // 8 * 8 * SHAPE.streams + column % 8)[None, :]
-    return blocks + stream_of_row(SHAPE)[:, None] * 8
+    FOLDED: tl.constexpr = SHAPE.tile // SHAPE.streams
+    stream = tl.arange(0, SHAPE.rows) // (SHAPE.rows // SHAPE.streams)
+    return stream[:, None] * FOLDED + tl.arange(0, FOLDED)[None, :]
 
 
 @triton.jit
 def spread(numbers: tl.tensor, SHAPE: tl.constexpr) -> tl.tensor:
     """(tile,) a number a token to (rows, tile / streams), as `folded` lays tokens out."""
-    ROWS: tl.constexpr = SHAPE.rows
     FOLDED: tl.constexpr = SHAPE.tile // SHAPE.streams
     COPIES: tl.constexpr = SHAPE.rows // SHAPE.streams
-    blocks = numbers.reshape(FOLDED // 8, SHAPE.streams, 1, 8).permute(1, 2, 0, 3)
-    blocks = tl.broadcast_to(blocks, [SHAPE.streams, COPIES, FOLDED // 8, 8])
-    return blocks.reshape(ROWS, FOLDED)
+    blocks = numbers.reshape(SHAPE.streams, 1, FOLDED)
+    blocks = tl.broadcast_to(blocks, [SHAPE.streams, COPIES, FOLDED])
+    return blocks.reshape(SHAPE.rows, FOLDED)
 
 
 @triton.jit

@@ -138,17 +138,14 @@ def scores_of(
 
 @triton.jit
 def attend(
-    query: tl.tensor,
-    query_strides: tl.tuple,
+    query: tl.tuple,
     keys: tl.tuple,
     values: tl.tuple,
     lengths: tl.tensor,
     columns: tl.tuple,
     limits: tl.tuple,
-    out: tl.tensor,
-    out_strides: tl.tuple,
-    lse: tl.tensor,
-    lse_strides: tl.tuple,
+    out: tl.tuple,
+    lse: tl.tuple,
     key_heads: int,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
@@ -156,17 +153,18 @@ def attend(
 ) -> None:
     """One split of one span for the query heads of one key head; grid (rows · key heads, splits).
 
-    query (B, Hq, D); keys and values: see `side_at`; columns: the tokens' (B, N), its stride, the
-    query's (B,); limits: scaling, softcap, window; out (B, Hq, slots, D) and lse (B, Hq, slots)
-    begin at this span's first slot, one a split. lse is base two; None if there's one slot in all.
+    query (B, Hq, D), out (B, Hq, slots, D) and lse (B, Hq, slots): a tensor and its strides but the
+    last; slots begin at this span's first, one a split; lse is base two, or None if there's one
+    slot in all. keys and values: see `side_at`. columns: the tokens' (B, N), its stride, the
+    query's (B,). limits: scaling, softcap, window.
     """
     row, head = tl.program_id(0) // key_heads, tl.program_id(0) % key_heads
     key, value = side_at(keys, row, head, KEYS), side_at(values, row, head, VALUES)
     low, high, before = tile_range(tl.load(lengths + row), key[3], KEYS.tokens > 0, SHAPE)
     heads = tl.arange(0, SHAPE.rows) % (SHAPE.rows // SHAPE.streams)
     first = head * SHAPE.heads
-    query += row.to(tl.int64) * query_strides[0] + (first + heads[None, :]) * query_strides[1]
-    question = prepared(query, heads, KEYS, SHAPE, key[0].dtype.element_ty)
+    places = query[0] + row.to(tl.int64) * query[1] + (first + heads[None, :]) * query[2]
+    question = prepared(places, heads, KEYS, SHAPE, key[0].dtype.element_ty)
     largest, total, sums, shares = nothing_yet(VALUES, SHAPE)
     oldest = tl.load(columns[2] + row) - limits[2] if SHAPE.window else 0
     TILE: tl.constexpr = SHAPE.tile
@@ -192,13 +190,12 @@ def attend(
             )
         sums = add_values(sums, decay, slices_of(words, VALUES, SHAPE.plain), operands, VALUES)
     weight, log = stream_factors(largest, total, SHAPE)
-    out += row.to(tl.int64) * out_strides[0] + first * out_strides[1]
-    out += tl.program_id(1) * out_strides[2]
-    store_result(out, out_strides[1], sums, shares, weight, VALUES, SHAPE)
-    if lse is not None:
+    answer = out[0] + row.to(tl.int64) * out[1] + first * out[2] + tl.program_id(1) * out[3]
+    store_result(answer, out[2], sums, shares, weight, VALUES, SHAPE)
+    if lse[0] is not None:
         heads = tl.arange(0, SHAPE.rows // SHAPE.streams)
-        lse += row * lse_strides[0] + (first + heads) * lse_strides[1] + tl.program_id(1)
-        tl.store(lse, log, mask=heads < SHAPE.heads)
+        logs = lse[0] + row * lse[1] + (first + heads) * lse[2] + tl.program_id(1)
+        tl.store(logs, log, mask=heads < SHAPE.heads)
 
 
 @triton.jit
@@ -242,11 +239,11 @@ def compile_examples() -> list[tuple[Any, dict[str, Any], dict[str, Any], int]]:
         (kivi, tail, 1, False),
         (exact, exact, 7, True),
     ):
-        types: dict[str, Any] = dict.fromkeys(("query", "out"), "*fp16") | {"lengths": "*i32"}
-        types |= {"query_strides": strides[:2], "out_strides": strides, "key_heads": "i32"}
+        types: dict[str, Any] = {"query": ("*fp16", "i32", "i32"), "out": ("*fp16", *strides)}
+        types |= {"lengths": "*i32", "key_heads": "i32"}
         types |= {"limits": ("fp32", "fp32", "i32")}
         constants: dict[Any, Any] = {}
-        for place_of, name, side in ((2, "keys", keys), (3, "values", values)):
+        for place_of, name, side in ((1, "keys", keys), (2, "values", values)):
             states = "*fp16" if side.bits == 16 else "*i16"
             zero = "*i16" if side.zero == INTEGER.value else "*fp16"
             starts = "*i32" if side.starts else "constexpr"
@@ -255,11 +252,11 @@ def compile_examples() -> list[tuple[Any, dict[str, Any], dict[str, Any], int]]:
                 constants[place_of, 3] = None
         if rich:
             types |= {"columns": ("*i32", "i32", "*i32")}
-            types |= {"lse": "*fp32", "lse_strides": strides[:2]}
+            types |= {"lse": ("*fp32", "i32", "i32")}
         else:
             types |= {"columns": ("constexpr", "i32", "constexpr")}
-            constants |= {(5, 0): None, (5, 2): None}
-            constants |= {"lse": None, "lse_strides": None}
+            types |= {"lse": ("constexpr", "i32", "i32")}
+            constants |= {(4, 0): None, (4, 2): None, (7, 0): None}
         copies = triton.next_power_of_2(heads)
         shape = Shape(128, heads, 8, min(8 // copies, 4), 32, 3, rich, rich, False)
         constants |= {"KEYS": keys, "VALUES": values, "SHAPE": shape}

@@ -31,16 +31,16 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """(..., m) uint8 to (..., m * 8 / bits) uint8 codes."""
     if bits == 8:
         return packed
-    planes, mask = 8 // bits, 2**bits - 1
-    words = packed.contiguous().flatten()
+    words, mask = packed.reshape(-1), 2**bits - 1
     if words.numel() % _WORD == 0 and words.storage_offset() % _WORD == 0:
         words, mask = words.view(torch.int64), mask * 0x0101010101010101
     # What a shift of a word brings into a byte from the next one is masked away.
-    codes = (words >> _places(bits, words.dtype, words.device)) & mask
-    codes = codes.view(torch.uint8).view(planes, *packed.shape)
-    if packed.is_cpu and packed.shape[-1] % _PIECE == 0:
-        codes = codes.view(torch.complex128)
-    return torch.cat(codes.unbind(0), -1).view(torch.uint8)
+    codes = (words >> _places(bits, words.dtype, words.device)).bitwise_and_(mask)
+    wide = packed.is_cpu and packed.shape[-1] % _PIECE == 0
+    pieces = packed.shape[-1] // _PIECE if wide else packed.shape[-1]
+    codes = codes.view(torch.complex128 if wide else torch.uint8)
+    shape = (8 // bits, *packed.shape[:-1], pieces)
+    return torch.cat(codes.view(shape).unbind(), -1).view(torch.uint8)
 
 
 @lru_cache(maxsize=16)

@@ -63,11 +63,15 @@ def dequantize(packed: PackedStates, dtype: torch.dtype) -> Tensor:
         from kvbench.kernels.dequantize_triton import dequantize as kernel
 
         return kernel(packed, dtype)
-    dim = _grouped_dim(packed)
     rounding = Rounding(packed.bits, packed.group, packed.along, packed.zero_kind)
-    codes = unpack(packed.codes, packed.bits).unflatten(dim, (-1, packed.group))
-    meta = (m.unsqueeze(dim + 1) for m in (packed.scale, packed.zero) if m is not None)
-    return rounding.decode(codes, *meta).flatten(dim, dim + 1).to(dtype)
+    codes = unpack(packed.codes, packed.bits)
+    meta = [packed.scale] if packed.zero is None else [packed.scale, packed.zero]
+    if packed.group == codes.shape[-1] and packed.along == "channels":
+        return rounding.decode(codes, *meta).to(dtype)
+    dim = _grouped_dim(packed)
+    spread = (part.unsqueeze(dim + 1) for part in meta)
+    values = rounding.decode(codes.unflatten(dim, (-1, packed.group)), *spread)
+    return values.flatten(dim, dim + 1).to(dtype)
 
 
 def rotated(x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Tile:
     width: int
     """Neighbours in a block."""
     unit: int
-    """Tokens that belong together: a group along tokens, else 1."""
+    """Tokens that belong together: a group along tokens, never 1, else 1."""
     side: int
     """Rows for them: `unit` up to a power of two."""
     rows: int
@@ -74,47 +74,41 @@ def quantize_kernel(
     REPEAT: tl.constexpr,
     HEADS_FIRST: tl.constexpr,
 ) -> None:
-    """REPEAT tiles of one head, `programs` programs a head; see `Tile` for the other constants.
+    """REPEAT tiles of one head, of `programs` programs; `Tile` has the other constants.
 
-    A tensor is a tuple: pointer, strides of rows, heads and tokens; of channels, too, for x. Groups
-    along tokens have UNIT = GROUP, those along channels UNIT = 1.
+    A tensor is a tuple: pointer, strides of rows, heads and tokens (x: of channels, too).
     """
     row, head, program = position(heads, programs, HEADS_FIRST)
     STEP: tl.constexpr = ROWS // SIDE * UNIT
     BY_TOKENS: tl.constexpr = UNIT == GROUP
+    RUN: tl.constexpr = 1 if BY_TOKENS or GROUP < WIDTH else GROUP // WIDTH
     line = tl.arange(0, ROWS)[:, None]
     within = line // SIDE * UNIT + line % SIDE
     groups = tl.arange(0, ROWS // SIDE)[:, None]
     count = tokens if counts is None else tl.load(counts + row)
-    source = 0 if sources is None else tl.load(sources + row)
     destination = 0 if destinations is None else tl.load(destinations + row)
-    signs = signs_block(WIDTH, x[0].dtype.element_ty) if ROTATE else 0
-    start = program * REPEAT * STEP
+    signs = signs_block(WIDTH, x[0].dtype.element_ty) if ROTATE else None
+    start = program * (REPEAT * STEP)
     for first in range(start, tl.minimum(count, start + REPEAT * STEP), STEP):
-        inside = (first + within < count) & (line % SIDE < UNIT)
-        token = source + first + within
-        blocks = _load(x, row, head, token, tokens, inside, D, WIDTH, BY_TOKENS)
+        token = first + within
+        inside = (token < count) & (line % SIDE < UNIT)
+        blocks = _load(x, row, head, token, tokens, sources, inside, D, WIDTH, BY_TOKENS)
         if ROTATE:
             blocks = sums_of_signs(blocks, signs, D**-0.5)
-        low, high = _ends(blocks, line % SIDE < UNIT, GROUP, SIDE, BY_TOKENS)
-        place = destination + first
-        kept = first + groups * UNIT < count
+        target = destination + first
         planes: tl.tuple = ()
-        shifts: tl.tuple = ()
-        for run in tl.static_range(len(low)):
-            step, origin = metadata(low[run], high[run], BITS, ZERO, CLIP, MIDPOINT)
-            group = place // UNIT + groups
-            _store_metadata(scale, row, head, group, run, step, kept, BY_TOKENS)
+        for run in tl.static_range(0, D // WIDTH, RUN):
+            low, high = _ends(blocks, run, RUN, line % SIDE < UNIT, GROUP, SIDE, BY_TOKENS)
+            step, origin = metadata(low, high, BITS, ZERO, CLIP, MIDPOINT)
+            group, kept = target // UNIT + groups, first + groups * UNIT < count
+            _store_metadata(scale, row, head, group, run // RUN, step, kept, BY_TOKENS)
             if ZERO != "symmetric":
-                _store_metadata(zero, row, head, group, run, origin, kept, BY_TOKENS)
-            for i in tl.static_range(len(blocks) // len(low)):
-                block = blocks[run * (len(blocks) // len(low)) + i].to(tl.float32)
-                block = _grouped(block, GROUP, SIDE, BY_TOKENS)
-                planes += (shifted_codes(block, step, origin, BITS, ZERO),)
-                shifts += (code_shift(origin, BITS, ZERO),)
-        _store_codes(
-            codes, row, head, place + within, planes, shifts, inside, BITS, WIDTH, BY_TOKENS
-        )
+                _store_metadata(zero, row, head, group, run // RUN, origin, kept, BY_TOKENS)
+            shift = code_shift(origin, BITS, ZERO)
+            for i in tl.static_range(run, run + RUN):
+                block = _grouped(blocks[i].to(tl.float32), GROUP, SIDE, BY_TOKENS)
+                planes += ((shifted_codes(block, step, origin, BITS, ZERO), shift),)
+        _store_codes(codes, row, head, target + within, planes, inside, BITS, BY_TOKENS)
 
 
 @triton.jit
@@ -139,13 +133,16 @@ def _load(
     head: tl.tensor,
     token: tl.tensor,
     tokens: int,
+    sources: tl.tensor,
     inside: tl.tensor,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BY_TOKENS: tl.constexpr,
 ) -> tl.tuple:
-    """Blocks of neighbouring channels of some tokens, the first again after the last."""
-    token = tl.where(token >= tokens, token - tokens, token)
+    """Blocks of neighbouring channels of some tokens, counted from the row's source on."""
+    if sources is not None:
+        token += tl.load(sources + row)
+        token = tl.where(token >= tokens, token - tokens, token)
     base = base_of(x, row, head) + token.to(tl.int64) * x[3]
     blocks: tl.tuple = ()
     for i in tl.static_range(D // WIDTH):
@@ -168,22 +165,22 @@ def _store_codes(
     head: tl.tensor,
     place: tl.tensor,
     planes: tl.tuple,
-    shifts: tl.tuple,
     inside: tl.tensor,
     BITS: tl.constexpr,
-    WIDTH: tl.constexpr,
     BY_TOKENS: tl.constexpr,
 ) -> None:
-    """Bytes of a tile, from codes with a shift that all codes of a group have."""
+    """Bytes of a tile, from `shifted_codes` and `code_shift` of every block."""
     PLANES: tl.constexpr = 8 // BITS
     BYTES: tl.constexpr = len(planes) // PLANES
+    ROWS: tl.constexpr = place.shape[0]
+    WIDTH: tl.constexpr = planes[0][0].numel // ROWS
     base = base_of(codes, row, head) + place.to(tl.int64) * codes[3]
     for i in tl.static_range(BYTES):
-        packed, shift = planes[i], shifts[i]
+        packed, shift = planes[i]
         for plane in tl.static_range(1, PLANES):
-            packed += planes[i + plane * BYTES] << (BITS * plane)
-            shift += shifts[i + plane * BYTES] << (BITS * plane)
-        packed = tl.reshape(packed - shift, (place.shape[0], WIDTH)).to(tl.uint8)
+            packed += planes[i + plane * BYTES][0] << (BITS * plane)
+            shift += planes[i + plane * BYTES][1] << (BITS * plane)
+        packed = tl.reshape(packed - shift, (ROWS, WIDTH)).to(tl.uint8)
         places = base + i * WIDTH + tl.arange(0, WIDTH)[None, :]
         if BY_TOKENS:
             places = tl.max_contiguous(places, (1, _CONTIGUOUS))
@@ -193,27 +190,23 @@ def _store_codes(
 @triton.jit
 def _ends(
     blocks: tl.tuple,
+    FIRST: tl.constexpr,
+    RUN: tl.constexpr,
     whole: tl.tensor,
     GROUP: tl.constexpr,
     SIDE: tl.constexpr,
     BY_TOKENS: tl.constexpr,
 ) -> tl.tuple:
-    """Smallest and largest numbers of the groups of every run of blocks, as `metadata` wants."""
-    WIDTH: tl.constexpr = blocks[0].shape[1]
-    RUN: tl.constexpr = 1 if BY_TOKENS or GROUP < WIDTH else GROUP // WIDTH
+    """Smallest and largest numbers of the groups of RUN blocks, float32, group axes of size 1."""
+    low, high = blocks[FIRST], blocks[FIRST]
+    for i in tl.static_range(FIRST + 1, FIRST + RUN):
+        low = tl.minimum(low, blocks[i])
+        high = tl.maximum(high, blocks[i])
+    low = _grouped(tl.where(whole, low, float("inf")), GROUP, SIDE, BY_TOKENS)
+    high = _grouped(tl.where(whole, high, float("-inf")), GROUP, SIDE, BY_TOKENS)
     AXIS: tl.constexpr = 1 if BY_TOKENS else 2
-    lows: tl.tuple = ()
-    highs: tl.tuple = ()
-    for first in tl.static_range(0, len(blocks), RUN):
-        low, high = blocks[first], blocks[first]
-        for i in tl.static_range(1, RUN):
-            low = tl.minimum(low, blocks[first + i])
-            high = tl.maximum(high, blocks[first + i])
-        low = _grouped(tl.where(whole, low, float("inf")), GROUP, SIDE, BY_TOKENS)
-        high = _grouped(tl.where(whole, high, float("-inf")), GROUP, SIDE, BY_TOKENS)
-        lows += (tl.min(low, AXIS, keep_dims=True).to(tl.float32),)
-        highs += (tl.max(high, AXIS, keep_dims=True).to(tl.float32),)
-    return lows, highs
+    low, high = tl.min(low, AXIS, keep_dims=True), tl.max(high, AXIS, keep_dims=True)
+    return low.to(tl.float32), high.to(tl.float32)
 
 
 @triton.jit
@@ -224,10 +217,12 @@ def _grouped(
     ROWS: tl.constexpr = block.shape[0]
     WIDTH: tl.constexpr = block.shape[1]
     if BY_TOKENS:
-        return tl.reshape(block, (ROWS // SIDE, SIDE, WIDTH))
-    if GROUP < WIDTH:
-        return tl.reshape(block, (ROWS, WIDTH // GROUP, GROUP))
-    return tl.reshape(block, (ROWS, 1, WIDTH))
+        shaped = tl.reshape(block, (ROWS // SIDE, SIDE, WIDTH))
+    elif GROUP < WIDTH:
+        shaped = tl.reshape(block, (ROWS, WIDTH // GROUP, GROUP))
+    else:
+        shaped = tl.reshape(block, (ROWS, 1, WIDTH))
+    return shaped
 
 
 @triton.jit

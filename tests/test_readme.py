@@ -33,8 +33,14 @@ def commands() -> list[str]:
 
 def test_commands_are_found() -> None:
     assert {command.split()[1] for command in commands()} == {
+        "ablate",
+        "analyze",
+        "bench",
         "calibrate",
+        "compare",
         "data",
+        "doctor",
+        "efficiency",
         "eval",
         "list",
         "report",

@@ -55,10 +55,9 @@ def _spans(keys: SideStore, values: SideStore, device: torch.device) -> list[Spa
 
 def _in_order(keys: SideStore, values: SideStore, device: torch.device) -> list[Span] | None:
     """Tokens of one precision a side, in the order of the sequence; keys are packed first."""
-    packed = [_packed_segment(store) for store in (keys, values)]
-    if any(segment is None for segment in packed):
+    key, value, total = _packed_segment(keys), _packed_segment(values), keys.lengths
+    if key is None or value is None:
         return None
-    (key, value), total = packed, keys.lengths
     ahead = tuple(a - b for a, b in zip(key.lengths, value.lengths, strict=True))
     if min(ahead) < 0:
         return None
@@ -102,4 +101,4 @@ def _is_even(codec: object) -> bool:
 
 @lru_cache(maxsize=256)
 def _ints(lengths: Lengths, device: torch.device) -> Tensor:
-    return torch.tensor(lengths, dtype=torch.int32).to(device)
+    return torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)

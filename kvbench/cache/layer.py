@@ -156,7 +156,9 @@ class QuantizedLayer(CacheLayerMixin):
         self.reorder_cache(indices)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything and let its memory go."""
+        if self.is_initialized:
+            del self.key_store, self.value_store
         self.is_initialized, self._seen, self.packed_tokens_read = False, 0, []
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -56,8 +56,11 @@ class Ragged:
 
     def where(self, mask: Tensor, counts: Lengths) -> Ragged:
         """Entries where the (B, L) mask is True, in order; counts[b] = mask[b].sum()."""
-        width = max(counts)
-        index = torch.argsort(~mask, dim=1, stable=True)[:, :width]
+        index = torch.argsort(~mask, dim=1, stable=True)[:, : max(counts)]
+        return self.taken(index, counts)
+
+    def taken(self, index: Tensor, counts: Lengths) -> Ragged:
+        """Entries index[b, j], (B, most) int64 on the data's device, of row b for j < counts[b]."""
         return Ragged(_take(self.data, index), counts)
 
 

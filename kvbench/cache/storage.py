@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvbench.cache.codecs import Exact
 from kvbench.cache.contract import EXACT, Codec, LayerSpec, Side
-from kvbench.cache.ragged import Lengths, Ragged, join, within
+from kvbench.cache.ragged import Lengths, Ragged, join
 from kvbench.errors import UserError
 
 
@@ -189,23 +191,14 @@ class SideStore:
         return tuple(max(a - b, 0) for a, b in zip(held, kept, strict=True))
 
     def _distribute(self, states: Ragged, slots: Ragged | None, bits: Ragged) -> None:
-        width = max(states.lengths)
-        values = bits.data[:, 0, :width]
-        lowest, highest = (int(end) for end in torch.aminmax(values))
-        if lowest == highest:
-            self._segment(lowest).append(states, slots)
-            return
-        mine = within(states.lengths, width, bits.data.device)
-        for target in values[mine].unique().tolist():
-            mask = mine & (values == target)
-            counts = tuple(mask.sum(1).tolist())
+        values = bits.data[:, 0, : max(states.lengths)].numpy().tobytes()
+        for target, counts, index in _partition(values, states.lengths, states.data.device):
             segment = self._segment(target)
-            if counts == states.lengths:
+            if index is None:
                 segment.append(states, slots)
                 continue
-            mask = mask.to(states.data.device, non_blocking=True)
-            chosen = None if slots is None else slots.where(mask, counts)
-            segment.append(states.where(mask, counts), chosen)
+            chosen = None if slots is None else slots.taken(index, counts)
+            segment.append(states.taken(index, counts), chosen)
 
     def _segment(self, bits: int) -> Segment:
         if bits not in self.segments:
@@ -214,3 +207,26 @@ class SideStore:
                 f"{sorted(self.segments)} bits only."
             )
         return self.segments[bits]
+
+
+@lru_cache(maxsize=8)  # keys and values of a layer are mostly divided alike
+def _partition(
+    bits: bytes, lengths: Lengths, device: torch.device
+) -> list[tuple[int, Lengths, Tensor | None]]:
+    """Bits, how many tokens of each row have them, and which (B, most) int64; None: all of them.
+
+    `bits` are int8, a row's beside each other. All is worked out on the host, where they are: the
+    device is not waited for.
+    """
+    values = np.frombuffer(bits, np.int8).reshape(len(lengths), -1)
+    mine = np.arange(values.shape[1]) < np.array(lengths)[:, None]
+    parts: list[tuple[int, Lengths, Tensor | None]] = []
+    for target in np.unique(values[mine]).tolist():
+        mask = mine & (values == target)
+        counts = tuple(mask.sum(1).tolist())
+        index = None
+        if counts != lengths:
+            order = np.argsort(~mask, 1, kind="stable")[:, : max(counts)]
+            index = torch.from_numpy(order.copy()).to(device, non_blocking=True)
+        parts.append((target, counts, index))
+    return parts

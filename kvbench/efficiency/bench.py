@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvbench.efficiency.ceilings import copy_bandwidth, matmul_rate
 from kvbench.errors import UserError
+from kvbench.evaluation.environment import environment
 from kvbench.kernels.attention import decode_attention, reference
 from kvbench.kernels.states import PackedStates, Span, States
 
@@ -133,13 +134,19 @@ def error_of(query: Tensor, spans: Sequence[Span], out: Tensor) -> float:
 def graphed(work: Callable[[], object]) -> Callable[[], object]:
     """Work as a captured graph, so that launches from Python don't count."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+
+    def replay() -> object:
+        graph.replay()
+        return work  # which holds what the graph reads
+
+    return replay
 
 
 def milliseconds(work: Callable[[], object], budget: int = 40) -> float:
@@ -252,6 +259,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     bandwidth = copy_bandwidth(device)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
+        "environment": environment(),
         "copy_bandwidth": bandwidth,
         "matmul_rate": matmul_rate(device, torch.float16),
         "rows": [],

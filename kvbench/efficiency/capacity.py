@@ -189,7 +189,9 @@ def _packed(shape: ModelShape, bound: BoundMethod) -> Callable[[Workload], RowCo
         # Without a kernel that reads codes, a step decodes a layer's keys and values as a whole.
         decoded = 0.0 if _is_static(bound) else 6 * _side_nbytes(shape, workload.cached_tokens)
         mean = min(workload.input_tokens + workload.output_tokens // 2, workload.cached_tokens)
-        return RowCost(layout.row_nbytes, prompt.row_nbytes, decoded, layout.read_nbytes(mean))
+        # A prompt's own cache moves into the static one layer by layer.
+        passing = prompt.row_nbytes / (len(prompt.layers) if _is_static(bound) else 1)
+        return RowCost(layout.row_nbytes, passing, decoded, layout.read_nbytes(mean))
 
     return row
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvbench.cache.contract import Transform
 from kvbench.cache.layer import QuantizedLayer
@@ -56,54 +54,27 @@ class FusedDecoder:
             hidden, residual = layer.step(hidden, residual, cos, sin, index, cache)
         normed, _ = _norm(self._stack.norm, hidden, residual)
         cache.end()
-        logits: Tensor = linear(normed, self._head.weight, self._head.bias)
-        return logits
-
-    @contextmanager
-    def serving_prompts(self, take: TakeLayer) -> Iterator[None]:
-        """Within this context the model's own forward runs unpadded prompts through this stack."""
-        plain = self._stack.forward
-
-        def forward(
-            input_ids: Tensor | None = None,
-            attention_mask: Tensor | None = None,
-            past_key_values: Any = None,
-            inputs_embeds: Tensor | None = None,
-            **options: Any,
-        ) -> Any:
-            if attention_mask is not None or not isinstance(past_key_values, QuantizedCache):
-                return plain(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    inputs_embeds=inputs_embeds,
-                    **options,
-                )
-            if inputs_embeds is None:
-                inputs_embeds = self._stack.embed_tokens(input_ids)
-            states = self.prefill(inputs_embeds, past_key_values, take)
-            return BaseModelOutputWithPast(
-                last_hidden_state=states, past_key_values=past_key_values
-            )
-
-        self._stack.forward = forward
-        try:
-            yield
-        finally:
-            del self._stack.forward
+        return self._logits(normed)
 
     def prefill(self, embeddings: Tensor, cache: QuantizedCache, take: TakeLayer) -> Tensor:
-        """(b, n, hidden) prompts without padding to the last states (b, n, hidden)."""
+        """(b, n, hidden) prompts without padding to their last tokens' logits (b, vocabulary)."""
         rows, new, width = embeddings.shape
         places = torch.arange(new, device=embeddings.device)[None]
         cos, sin = self._stack.rotary_emb(embeddings, places)
         cos, sin = (x.expand(rows, -1, -1).reshape(rows * new, -1) for x in (cos, sin))
-        hidden, residual = embeddings.reshape(rows * new, width), None
+        hidden = embeddings.reshape(rows * new, width)
+        residual: Tensor | None = None
         for index, layer in enumerate(self._layers):
             hidden, residual = layer.prefill(hidden, residual, cos, sin, rows, cache, index)
             take(index, cache.layers[index])
-        normed, _ = _norm(self._stack.norm, hidden, residual)
-        return normed.view(rows, new, width)
+        last = slice(new - 1, None, new)
+        stream = None if residual is None else residual[last]
+        normed, _ = _norm(self._stack.norm, hidden[last], stream)
+        return self._logits(normed)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        logits: Tensor = linear(states, self._head.weight, self._head.bias)
+        return logits
 
 
 class _FusedLayer:
@@ -158,17 +129,22 @@ class _FusedLayer:
         normed, residual = _norm(self._norms[0], hidden, residual)
         if cache.observed.needs.residual:
             cache.observed.residual[index] = residual.view(rows, -1, residual.shape[-1])
-        layer = cache.layers[index]
+        qkv = linear(normed, *self._qkv)
+        del normed, hidden
+        return self._rest(self._attend_prompt(qkv, cos, sin, rows, cache.layers[index]), residual)
+
+    def _attend_prompt(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, rows: int, layer: QuantizedLayer
+    ) -> Tensor:
+        """(T, Hq · D): store the prompt's keys and values, attend as the protocol says."""
         spec = layer.spec
         query, keys, values = (
             x.unflatten(0, (rows, -1)).transpose(1, 2)
-            for x in rope(
-                linear(normed, *self._qkv), cos, sin, spec.num_heads, spec.num_kv_heads, False
-            )
+            for x in rope(qkv, cos, sin, spec.num_heads, spec.num_kv_heads, False)
         )
         step, _ = layer.update(keys, values)
         out = layer.attend(self._attention, query, step, None, self._attention.scaling)
-        return self._rest(out.transpose(1, 2).reshape(len(hidden), -1), residual)
+        return out.transpose(1, 2).reshape(len(qkv), -1)
 
     def _rest(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Output projection and MLP."""
@@ -192,15 +168,15 @@ def _norm(norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, T
     return add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)
 
 
-def _fused(modules: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """One weight and bias for all; each module's own become views of them."""
+def _fused(modules: list[Any]) -> tuple[Tensor, Tensor | None]:
+    """One weight and bias for all; each linear module's own become views of them."""
     weight = _joined([module.weight for module in modules])
     if modules[0].bias is None:
         return weight, None
     return weight, _joined([module.bias for module in modules])
 
 
-def _joined(parameters: list[nn.Parameter]) -> Tensor:
+def _joined(parameters: list[Tensor]) -> Tensor:
     joined = torch.cat([parameter.data for parameter in parameters])
     start = 0
     for parameter in parameters:

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from kvbench.cache.folding import fold_values
 from kvbench.cache.layer import QuantizedLayer
+from kvbench.cache.observers import image_token_ids
 from kvbench.cache.quantized import BoundMethod
 from kvbench.efficiency.decoder import FusedDecoder, unsupported_model
+from kvbench.efficiency.prompts import embedded
 from kvbench.efficiency.static_cache import StaticCache
 from kvbench.efficiency.support import unsupported
 from kvbench.efficiency.workload import Workload
@@ -108,21 +110,18 @@ class StaticEngine:
     def prefill(self, first_row: int, prompts: Prompts) -> None:
         """Run prompts through a quantized cache that empties, layer by layer, into the static one.
 
-        So no more than one layer of the prompts is ever held twice.
+        So no more than one layer of the prompts is ever held twice. Prompts have no padding.
         """
-        source = self._bound.new_cache()
-        rows = slice(first_row, first_row + len(prompts["input_ids"]))
+        source, ids = self._bound.new_cache(), prompts["input_ids"]
+        rows = slice(first_row, first_row + len(ids))
 
         def take(index: int, layer: QuantizedLayer) -> None:
             self.cache.admit(rows, index, layer)
             layer.reset()
 
-        with self._decoder.serving_prompts(take):
-            out = self._model(**prompts, past_key_values=source, use_cache=True, logits_to_keep=1)
-        for index, layer in enumerate(source.layers):
-            if layer.is_initialized:  # prompts with padding went through the model's own layers
-                take(index, layer)
-        self._tokens[rows] = self.outputs[rows, 0] = out.logits[:, -1].argmax(-1)
+        source.observed.see_inputs(image_token_ids(self._model.config), dict(prompts))
+        logits = self._decoder.prefill(embedded(self._model, prompts), source, take)
+        self._tokens[rows] = self.outputs[rows, 0] = logits.argmax(-1)
         self._place.fill_(1)
 
     @torch.no_grad()

@@ -150,7 +150,9 @@ def _hold(device: str, limit: int, driver: DriverMeter) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     if limit <= overhead:
         raise MemoryError(f"the CUDA context alone takes {overhead} of {limit} bytes.")
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - overhead) / total), device)
+    index = torch.device(device).index
+    chosen = torch.cuda.current_device() if index is None else index
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - overhead) / total), chosen)
 
 
 def _load_libraries(device: str) -> None:

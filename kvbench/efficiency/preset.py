@@ -31,12 +31,12 @@ def paper_scenarios(model: str = MODEL) -> list[Scenario]:
     return [
         scenario(_FP16),
         scenario(_OURS),
-        scenario(_PLAIN),
         scenario(_OURS, batch=_EQUAL),
         scenario(_FP16, batch=_EQUAL),
         scenario(_PLAIN, batch=_EQUAL),
         scenario(_FP16, _LONG),
         scenario(_OURS, _LONG),
+        scenario(_PLAIN),
         scenario(_OURS, batch=_PEERS),
         scenario(_QUANTO, batch=_PEERS),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,21 @@ def micro_batches(
     generator = torch.Generator(model.device).manual_seed(seed)
     for start in range(0, workload.batch, rows):
         yield _prompts(model, workload, min(rows, workload.batch - start), generator)
+
+
+def embedded(model: PreTrainedModel, prompts: Mapping[str, Tensor]) -> Tensor:
+    """(b, n, hidden) embeddings of prompts with their images in place, as LLaVA's classes do it.
+
+    transformers finds the places among all numbers of all embeddings, which takes gigabytes.
+    """
+    ids = prompts["input_ids"]
+    embeddings: Tensor = model.get_input_embeddings()(ids)
+    if "pixel_values" in prompts:
+        tower: Any = model.model
+        features = tower.get_image_features(pixel_values=prompts["pixel_values"]).pooler_output
+        place = ids == image_token_ids(model.config)[0]
+        embeddings[place] = torch.cat(list(features)).to(embeddings.dtype)
+    return embeddings
 
 
 def tokens_per_image(config: Any) -> int:
@@ -77,7 +92,7 @@ def _pixels(
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     vision = model.config.vision_config
-    noise = {"device": model.device, "dtype": model.dtype, "generator": generator}
+    noise: Any = {"device": model.device, "dtype": model.dtype, "generator": generator}
     if hasattr(vision, "image_size"):
         size = vision.image_size
         return {"pixel_values": torch.randn(images, 3, size, size, **noise)}

@@ -29,7 +29,7 @@ from kvbench.models.zoo import ModelEntry
 from kvbench.registry import MODELS, split_specs
 from kvbench.specs import suggestion
 
-_PREFILL_TOKENS = 4800
+_PREFILL_TOKENS = 9600
 LARGEST = "largest"
 _PACKAGES = ("torch", "transformers", "triton", "optimum-quanto")
 # What decides how a try goes; of this part, all but the modules around it.
@@ -77,7 +77,7 @@ class Conditions:
         out: Folder of the rows; a folder with rows is continued.
         dtype: Of weights and activations; "auto" is the model entry's own.
         seed: Of random weights and prompts.
-        prefill_rows: Prompts that the engine runs at a time; None: as many as have about 4,800
+        prefill_rows: Prompts that the engine runs at a time; None: as many as have about 9,600
             tokens, which keep a GPU busy, while their activations stay small beside the weights.
         timeout: Seconds for one try.
         minutes: After them the run stops with what it has; None: it takes what it takes.

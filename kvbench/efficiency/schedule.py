@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class SharedWindow:
         """Counters for `rows` rows, all empty."""
         self.ring = layouts[0].key.ring
         self.forever = layouts[0].generated == EXACT
-        ints = {"dtype": torch.int32, "device": device}
+        ints: Any = {"dtype": torch.int32, "device": device}
         self._exact = torch.tensor([[layout.key.exact] for layout in layouts], **ints)
         self._generated = torch.tensor([[layout.generated] for layout in layouts], **ints)
         precisions = sorted({bits for layout in layouts for bits in layout.key.packed})
@@ -58,6 +59,7 @@ class SharedWindow:
         """The row's token that opened the ring."""
         self.waiting = torch.zeros(len(layouts), rows, self.ring, dtype=torch.int8, device=device)
         """Bits that tokens in the ring will get."""
+        self._slot: Tensor | None = None
 
     @property
     def state(self) -> tuple[Tensor, ...]:
@@ -132,7 +134,7 @@ class ResidualKeys:
         layout = layouts[0]
         self._layers, self.block, self.ring = len(layouts), layout.key.ring, layout.value.ring
         self._bits = layout.generated
-        ints = {"dtype": torch.int32, "device": device}
+        ints: Any = {"dtype": torch.int32, "device": device}
         self.tokens, self.first, self.keys, self.values = (
             torch.zeros(rows, **ints) for _ in range(4)
         )

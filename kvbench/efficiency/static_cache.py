@@ -107,15 +107,12 @@ class StaticSide:
         """At the start if they grow for ever, else right before the ring."""
         room = self.layout.ring if forever else self.layout.exact
         self._check_room(max(states.lengths), room, EXACT)
-        into = self.exact[rows]
-        if len(set(states.lengths)) == 1:  # one copy instead of one a row
-            length = states.lengths[0]
-            start = 0 if forever else room - length
-            into[:, :, start : start + length].copy_(states.data[:, :, :length])
-            return
-        for row, length in enumerate(states.lengths):
-            start = 0 if forever else room - length
-            into[row, :, start : start + length].copy_(states.data[row, :, :length])
+        into = self.exact[rows, :, :room]
+        if forever:
+            into[:, :, : states.data.shape[2]].copy_(states.data)
+        else:
+            index = _right_aligned(states.lengths, room, states.data.device)
+            into.copy_(states.data.take_along_dim(index, 2))
 
     def _check_room(self, tokens: int, room: int, bits: int) -> None:
         if tokens > room:
@@ -160,13 +157,13 @@ class StaticCache:
         self.layout, self.device = layout, device
         self.layers = [
             StaticLayer(
-                *(
-                    StaticSide(side, room, spec, rows, dtype, device)
-                    for side, room in zip((q.key, q.value), of.sides, strict=True)
-                ),
+                StaticSide(quantizer.key, room.key, spec, rows, dtype, device),
+                StaticSide(quantizer.value, room.value, spec, rows, dtype, device),
                 spec,
             )
-            for q, of, spec in zip(bound.quantizers, layout.layers, bound.specs, strict=True)
+            for quantizer, room, spec in zip(
+                bound.quantizers, layout.layers, bound.specs, strict=True
+            )
         ]
         kind = SharedWindow if _shares_window(bound.quantizers[0]) else ResidualKeys
         self.schedule = kind(layout.layers, rows, device)
@@ -255,7 +252,7 @@ class StaticCache:
         if schedule.ring:
             width = max(store.recent.lengths)
             waiting = store.waiting_bits.data[:, 0, :width]
-            schedule.waiting[index, rows, :width] = waiting.to(self.device)
+            schedule.waiting[index, rows, :width] = waiting.to(self.device, non_blocking=True)
 
     def _ints(self, values: Lengths) -> Tensor:
         return _on_device(values, self.device)
@@ -263,7 +260,15 @@ class StaticCache:
 
 @lru_cache(maxsize=256)
 def _on_device(values: Lengths, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32).to(device)
+    # A blocking copy would wait for everything that the device has still to do.
+    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=8)
+def _right_aligned(lengths: Lengths, room: int, device: torch.device) -> Tensor:
+    """(B, 1, room, 1) int64: which number stands where if every row ends at the last place."""
+    index = torch.arange(room) - (room - torch.tensor(lengths)[:, None])
+    return index.clamp_min(0)[:, None, :, None].to(device, non_blocking=True)
 
 
 def rounding(codec: Affine) -> Rounding:

@@ -40,7 +40,7 @@ PLANS: tuple[tuple[Case, tuple[int, ...], tuple[int, ...], tuple[int | None, ...
     (Case(f"{bits}-bit", *shape, (Part(tokens, bits, bits),)), splits, tiles, registers)
     for bits, tiles, registers in (
         (2, (64, 128), (None, 168, 128)),
-        (4, (32, 64, 128), (None, 168, 128)),
+        (4, (64, 128), (None, 168, 128)),
         (16, (16, 32, 64), (None,)),
     )
     for shape, tokens, splits in (
@@ -54,8 +54,8 @@ def cuts(plan: tuple[Any, ...]) -> list[Cut]:
     """All ways to try for a case."""
     case, splits, tiles, registers = plan
     exact = case.parts[0].key_bits == 16
-    warps = (1, 2, 4) if exact else (1,)
-    tunings = itertools.product(tiles, warps, (2, 3, 4), registers)
+    warps, stages = ((1, 2, 4), (2, 3, 4)) if exact else ((1,), (2, 3))
+    tunings = itertools.product(tiles, warps, stages, registers)
     return [(tuning, count) for tuning in tunings for count in splits]
 
 

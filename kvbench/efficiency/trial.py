@@ -66,10 +66,10 @@ def main(arguments: list[str]) -> int:
 def _run(request: TrialRequest) -> TrialResult:
     device, method = torch.device(request.device), resolve(request.method)
     with peak_memory(device, request.memory_limit) as peak:
-        ceilings: dict[str, float] = {}
+        measured: dict[str, Any] = {}
         if device.type == "cuda" and not request.probe:
-            ceilings["copy_bandwidth"] = copy_bandwidth(device)
-            ceilings["matmul_rate"] = matmul_rate(device, getattr(torch, request.dtype))
+            measured["copy_bandwidth"] = copy_bandwidth(device)
+            measured["matmul_rate"] = matmul_rate(device, getattr(torch, request.dtype))
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         model, entry, weights = _load(request)
@@ -86,7 +86,7 @@ def _run(request: TrialRequest) -> TrialResult:
                 text_salient_layers=entry.tsa_layers,
             )
             result = _run_engine(request, bound)
-    return replace(result, weights=weights, **ceilings, **peak.fields())
+    return replace(result, weights=weights, **measured, **peak.fields())
 
 
 def _load(request: TrialRequest) -> tuple[Any, Any, Any]:
@@ -128,9 +128,9 @@ def _run_engine(request: TrialRequest, bound: BoundMethod) -> TrialResult:
     _generate(request, engine, bound, watch)
     cache = engine.cache_nbytes
     workspace = max(added - cache, 0) if isinstance(engine, StaticEngine) else 0
-    known = {**weights, "workspace_bytes": workspace}
+    known: dict[str, Any] = {**weights, "workspace_bytes": workspace}
     if model.device.type == "cuda":
-        peak = torch.cuda.max_memory_reserved()
+        peak = torch.cuda.max_memory_allocated()
         known["activation_bytes"] = max(peak - sum(known.values()) - cache, 0)
     return TrialResult(
         "ok",
@@ -236,12 +236,12 @@ class _Watch:
 
 def _work(
     bound: BoundMethod, workload: Workload, weight_bytes: int, parameters: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """What a mean decode step must read and multiply, from shapes alone."""
     layout = cache_layout(bound.quantizers, bound.specs, workload, bound.model.dtype.itemsize)
     held = range(workload.input_tokens + 1, workload.cached_tokens + 1)
     read = sum(layout.read_nbytes(tokens) for tokens in held) / max(len(held), 1)
-    embeddings = bound.model.get_input_embeddings().weight.nbytes
+    embeddings: int = bound.model.get_input_embeddings().weight.nbytes  # type: ignore[assignment]
     return {
         "bytes_per_step": weight_bytes - embeddings + workload.batch * read,
         "flops_per_step": 2.0 * parameters * workload.batch,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
+from kvbench.cache.layer import QuantizedLayer
 from kvbench.cache.quantized import bind
+from kvbench.cache.storage import SideStore
 from kvbench.efficiency.engine import EagerEngine, Engine, StaticEngine, make_engine
 from kvbench.efficiency.prompts import micro_batches, tokens_per_image
 from kvbench.efficiency.workload import Workload
@@ -114,3 +117,26 @@ def test_a_short_attention_window_runs_eagerly(tiny_text_model: Any) -> None:
     model = model_of(tiny_text_model("mistral", sliding_window=9))
     engine = make_engine(model, bound_to(model, "rtn_int4"), Workload(45, 0, 8))
     assert "window is shorter" in engine.path
+
+
+@pytest.mark.parametrize("method", ["fp16", "akvq_vl[recent=12,pivots=3]"])
+def test_prompts_are_held_twice_for_one_layer_at_most(
+    method: str, tiny_text_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(tiny_text_model("llama", layers=4))
+    workload = Workload(45, 0, 8, batch=2)
+    engine = make_engine(model, bound_to(model, method), workload)
+    assert isinstance(engine, StaticEngine)
+    stores: weakref.WeakSet[SideStore] = weakref.WeakSet()
+    alive: list[int] = []
+    begin = QuantizedLayer.lazy_initialization
+
+    def counted(layer: QuantizedLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+        alive.append(len(stores))
+        begin(layer, keys, values)
+        stores.update((layer.key_store, layer.value_store))
+
+    monkeypatch.setattr(QuantizedLayer, "lazy_initialization", counted)
+    engine.prefill(0, next(micro_batches(model, workload, 2, seed=0)))
+    assert alive == [0, 0, 0, 0]
+    assert len(stores) == 0
