@@ -150,9 +150,9 @@ def _hold(device: str, limit: int, driver: DriverMeter) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     if limit <= overhead:
         raise MemoryError(f"the CUDA context alone takes {overhead} of {limit} bytes.")
-    index = torch.device(device).index
-    chosen = torch.cuda.current_device() if index is None else index
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - overhead) / total), chosen)
+    # Unlike its neighbours, this function takes no device without a number.
+    number = torch.device(device).index or 0
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - overhead) / total), number)
 
 
 def _load_libraries(device: str) -> None:

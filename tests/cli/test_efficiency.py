@@ -58,7 +58,9 @@ def test_defaults_are_the_papers_setting(invoke: Invoke, recorder: Recorder) -> 
 
 
 def test_options_arrive(invoke: Invoke, recorder: Recorder, tmp_path: Path) -> None:
-    words = "--gpu h100 --models qwen2vl_7b --methods akvq_vl[recent=64],hf_dynamic --batch 8,largest"
+    words = (
+        "--gpu h100 --models qwen2vl_7b --methods akvq_vl[recent=64],hf_dynamic --batch 8,largest"
+    )
     tokens = "--input-tokens 1200 --output-tokens 64 --vision-tokens 576"
     others = "--timeout 30 --minutes 5 --tolerance 0 --prefill-rows 2 --seed 3 --dtype bfloat16"
     result = invoke("efficiency", *f"{words} {tokens} {others}".split(), "--out", tmp_path)
