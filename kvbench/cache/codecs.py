@@ -109,10 +109,22 @@ class Affine:
             return self.bits + per_group / self.group
         return self.bits + per_group * len(self.group) / channels
 
+    @property
+    def is_even(self) -> bool:
+        """Whether kernels can read what is stored: groups of one size, float16 metadata."""
+        return isinstance(self.group, int) and self.metadata == "fp16"
+
+    def states(self, packed: Packed) -> PackedStates:
+        """What `encode` gave as kernels take it; only for groups of one size."""
+        codes, scale, *zero = packed
+        codes = codes.flatten(2, 3) if self._deep else codes
+        group = self.group if isinstance(self.group, int) else 0
+        return PackedStates(codes, scale, zero[0] if zero else None, self.bits, group, self.along)
+
     def encode(self, x: Tensor) -> Packed:
         """(B, H, n, C) to codes uint8 and metadata; n must be a multiple of `block`."""
         if isinstance(self.group, int):
-            states = quantize(x, self._rounding)
+            states = quantize(x, self.rounding)
             codes = states.codes.unflatten(2, (-1, self.block)) if self._deep else states.codes
             meta = tuple(part for part in (states.scale, states.zero) if part is not None)
         else:
@@ -127,16 +139,14 @@ class Affine:
         if self.metadata == "fp8":
             meta = tuple(part.view(torch.float8_e4m3fn).float() for part in meta)
         if isinstance(self.group, int):
-            codes = codes.flatten(2, 3) if self._deep else codes
-            scale, zero = meta if len(meta) == 2 else (meta[0], None)
-            states = PackedStates(codes, scale, zero, self.bits, self.group, self.along)
-            return dequantize(states, dtype)
+            return dequantize(self.states((codes, *meta)), dtype)
         group = _group_of_channel(self.group, codes.device)
         spread = (part.index_select(-1, group) for part in meta)
-        return self._rounding.decode(unpack(codes, self.bits), *spread).to(dtype)
+        return self.rounding.decode(unpack(codes, self.bits), *spread).to(dtype)
 
     @property
-    def _rounding(self) -> Rounding:
+    def rounding(self) -> Rounding:
+        """The same in the kernels' terms; group 0 stands for uneven groups."""
         group = self.group if isinstance(self.group, int) else 0
         float8 = self.metadata == "fp8"
         return Rounding(self.bits, group, self.along, self.zero, self.clip, self.clip_mode, float8)
@@ -154,9 +164,9 @@ class Affine:
             empty.scatter_reduce(-1, group.expand(x.shape), x, end, include_self=False)
             for end in ("amin", "amax")
         )
-        meta = self._rounding.metadata(low, high)
+        meta = self.rounding.metadata(low, high)
         spread = (part.float().index_select(-1, group) for part in meta)
-        return pack(self._rounding.encode(x, *spread), self.bits), meta
+        return pack(self.rounding.encode(x, *spread), self.bits), meta
 
 
 def check_packable(bits: int, length: int) -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kvbench.cache.codecs import Affine
-from kvbench.cache.contract import EXACT, LayerQuantizer, Transform
+from kvbench.cache.contract import EXACT, Codec, LayerQuantizer, Transform
 from kvbench.cache.ragged import Lengths
 from kvbench.cache.storage import Segment, SideStore
-from kvbench.kernels.states import PackedStates, Span, States
+from kvbench.kernels.states import Span, States
 
 
 def unfused(quantizer: LayerQuantizer) -> str | None:
@@ -21,7 +21,7 @@ def unfused(quantizer: LayerQuantizer) -> str | None:
             return "keys are stored before rotary embedding"
         if type(side.transform).read is not Transform.read:
             return "heads are stored together"
-        if not all(bits == EXACT or _is_even(codec) for bits, codec in side.codecs.items()):
+        if not all(bits == EXACT or is_even(codec) for bits, codec in side.codecs.items()):
             return "its codec is not one of even groups with float16 metadata"
     return None
 
@@ -84,19 +84,13 @@ def _packed_segment(store: SideStore) -> Segment | None:
 
 
 def _states(segment: Segment) -> States:
-    tensors = [part.data for part in segment.parts]
-    codec = segment.codec
-    if not isinstance(codec, Affine):
-        return tensors[0]
-    group = codec.group if isinstance(codec.group, int) else 0
-    codes, scale, *zero = tensors
-    if codec.along == "tokens":
-        codes = codes.flatten(2, 3)
-    return PackedStates(codes, scale, zero[0] if zero else None, codec.bits, group, codec.along)
+    tensors = tuple(part.data for part in segment.parts)
+    return segment.codec.states(tensors) if isinstance(segment.codec, Affine) else tensors[0]
 
 
-def _is_even(codec: object) -> bool:
-    return isinstance(codec, Affine) and isinstance(codec.group, int) and codec.metadata == "fp16"
+def is_even(codec: Codec) -> bool:
+    """Whether kernels can read what a codec stores."""
+    return isinstance(codec, Affine) and codec.is_even
 
 
 @lru_cache(maxsize=256)

@@ -225,7 +225,10 @@ def _row(
 
 
 def quantize_rows(bandwidth: float) -> list[dict[str, Any]]:
-    """Fused Hadamard, quantization and packing of 512 tokens of 64 rows, keys of 2 and 4 bits."""
+    """Quantization and packing of 512 tokens of 64 rows, 2 and 4 bits, as methods pair them.
+
+    Groups along channels are rotated in the same pass; groups along tokens are nowhere rotated.
+    """
     from kvbench.kernels.quantize import Rounding, quantize_into
 
     case = Case("quantize", 64, 32, 32, (Part(512, 2, 2),))
@@ -238,10 +241,13 @@ def quantize_rows(bandwidth: float) -> list[dict[str, Any]]:
             out = states(case, Part(512, bits, bits, along_tokens), bits, along_tokens)
             assert isinstance(out, PackedStates)
             rounding = Rounding(bits, out.group, out.along, out.zero_kind)
-            name = f"Hadamard, {bits}-bit, groups along {out.along}"
+            rotate = not along_tokens
+            name = f"{'Hadamard, ' if rotate else ''}{bits}-bit, groups along {out.along}"
 
-            def work(rounding: Rounding = rounding, out: PackedStates = out) -> None:
-                quantize_into(x, rounding, out, rotate=True)
+            def work(
+                rounding: Rounding = rounding, out: PackedStates = out, rotate: bool = rotate
+            ) -> None:
+                quantize_into(x, rounding, out, rotate=rotate)
 
             works[name], sizes[name] = graphed(work), x.nbytes + out.nbytes
     times = in_turns(works)

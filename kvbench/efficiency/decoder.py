@@ -37,12 +37,6 @@ class FusedDecoder:
         self._head = model.get_output_embeddings()
         self._layers = [_FusedLayer(layer) for layer in self._stack.layers]
 
-    @property
-    def linear_parameters(self) -> int:
-        """Numbers in the matrices that every token is multiplied with."""
-        head: int = self._head.weight.numel()
-        return head + sum(layer.parameters for layer in self._layers)
-
     def step(self, tokens: Tensor, cache: StaticCache) -> Tensor:
         """(B,) int64 token ids to logits (B, vocabulary)."""
         cache.begin()
@@ -87,8 +81,6 @@ class _FusedLayer:
         self._qkv = _fused([attention.q_proj, attention.k_proj, attention.v_proj])
         self._gate_up = _fused([mlp.gate_proj, mlp.up_proj])
         self._out, self._down = attention.o_proj, mlp.down_proj
-        matrices = (self._qkv[0], self._gate_up[0], self._out.weight, self._down.weight)
-        self.parameters = sum(matrix.numel() for matrix in matrices)
 
     def step(
         self,

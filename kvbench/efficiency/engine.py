@@ -92,11 +92,6 @@ class StaticEngine:
         self.path = "graph" if self._graph else "fused: graphs need CUDA"
 
     @property
-    def linear_parameters(self) -> int:
-        """Numbers in the matrices that every token is multiplied with."""
-        return self._decoder.linear_parameters
-
-    @property
     def cache_nbytes(self) -> int:
         """Bytes allocated for keys and values."""
         return self.cache.nbytes

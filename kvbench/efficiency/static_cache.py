@@ -48,7 +48,7 @@ class StaticSide:
         }
         width = layout.exact + layout.ring
         self.exact = torch.empty(*shape, width, spec.head_dim, dtype=dtype, device=device)
-        self._roundings = {bits: rounding(_affine(side, bits)) for bits in layout.packed}
+        self._roundings = {bits: _affine(side, bits).rounding for bits in layout.packed}
 
     @property
     def nbytes(self) -> int:
@@ -175,11 +175,6 @@ class StaticCache:
         return sum(layer.key.nbytes + layer.value.nbytes for layer in self.layers)
 
     @property
-    def counter_nbytes(self) -> int:
-        """Bytes of the counters."""
-        return sum(tensor.nbytes for tensor in self.schedule.state)
-
-    @property
     def tokens(self) -> Tensor:
         """(B,) int32, tokens of each row."""
         return self.schedule.tokens
@@ -269,12 +264,6 @@ def _right_aligned(lengths: Lengths, room: int, device: torch.device) -> Tensor:
     """(B, 1, room, 1) int64: which number stands where if every row ends at the last place."""
     index = torch.arange(room) - (room - torch.tensor(lengths)[:, None])
     return index.clamp_min(0)[:, None, :, None].to(device, non_blocking=True)
-
-
-def rounding(codec: Affine) -> Rounding:
-    """A codec in the kernels' terms."""
-    group = codec.group if isinstance(codec.group, int) else 0
-    return Rounding(codec.bits, group, codec.along, codec.zero, codec.clip, codec.clip_mode)
 
 
 def _shares_window(quantizer: LayerQuantizer) -> bool:

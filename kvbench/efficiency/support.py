@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvbench.cache.codecs import Affine
 from kvbench.cache.contract import EXACT, LayerQuantizer, LayerSpec, Transform
+from kvbench.cache.fused import is_even
 from kvbench.cache.quantized import BoundMethod
 from kvbench.cache.windows import Residual, Sliding
 from kvbench.efficiency.workload import Workload, cache_layout
@@ -33,7 +34,7 @@ def _unsupported_layer(
         if side.transform.stored_shape(spec) != (spec.num_kv_heads, spec.head_dim):
             return "heads are stored together"
         for bits, codec in side.codecs.items():
-            if bits != EXACT and not _is_even(codec):
+            if bits != EXACT and not is_even(codec):
                 return "its codec is not one of even groups with float16 metadata"
     folded = quantizer.value.transform
     if type(folded) is not Transform and folded.matrices(spec) is None:
@@ -64,7 +65,3 @@ def _unsupported_windows(quantizer: LayerQuantizer) -> str | None:
     ):
         return None
     return "its keys and values leave their windows in a way that has no schedule"
-
-
-def _is_even(codec: object) -> bool:
-    return isinstance(codec, Affine) and isinstance(codec.group, int) and codec.metadata == "fp16"
