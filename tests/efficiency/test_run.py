@@ -248,13 +248,16 @@ def test_a_try_that_takes_too_long_is_a_result(model: str, conditions: Any) -> N
     assert (row.status, row.batch) == ("timeout", 0)
 
 
-def test_what_a_run_was_is_written_down(model: str, conditions: Any) -> None:
+def test_what_a_run_was_is_written_down(
+    model: str, conditions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/kvbench", "efficiency", "--gpu", "v100"])
     measure(scenarios(model), conditions(), Silent(), Machine(1))
     document = json.loads((conditions().out / "run.json").read_text())
     assert document["request"]["scenarios"][0]["method"] == "fp16"
     assert document["request"]["target"]["profile"]["name"] == "v100"
     assert document["environment"]["devices"] == ["NVIDIA H100"]
-    assert document["command"].startswith("kvbench ")
+    assert document["command"] == "kvbench efficiency --gpu v100"
 
 
 @pytest.mark.parametrize("gpu", ["v100", "h200"])
