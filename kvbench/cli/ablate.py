@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.options import DataRoot, Device, Dtype, Models, Seed
+from kvbench.cli.options import (
+    Batch,
+    DataRoot,
+    Device,
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    Models,
+    Seed,
+    Statistics,
+    Workers,
+)
 from kvbench.cli.progress import Terminal
 
 if TYPE_CHECKING:
@@ -33,23 +44,18 @@ def ablate(
     protocol: Annotated[
         str, typer.Option(help="quantized_prefill, exact_prefill or both.")
     ] = "quantized_prefill",
-    limit: Annotated[int | None, typer.Option(help="At most so many samples a task.")] = None,
+    limit: Limit = None,
     seed: Seed = 0,
     out: Annotated[
         Path, typer.Option(help="Folder of rows; points that it holds already cost nothing.")
     ] = Path("results/runs/ablations"),
     data_root: DataRoot = None,
-    batch: Annotated[int, typer.Option(help="Samples generated together.")] = 1,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="Longest answer; 512 for MileBench, 16 for generated data if not given."),
-    ] = None,
+    batch: Batch = 1,
+    max_new_tokens: MaxNewTokens = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that share the work.")] = 1,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Folder that kvbench calibrate wrote.")
-    ] = None,
+    workers: Workers = 1,
+    calibration: Statistics = None,
 ) -> None:
     """Answer the tasks along sweeps over a method's fields; tables and plots with intervals."""
     from kvbench.analysis.sweeps import choose_sweeps

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.options import DataRoot, Device, Dtype, Methods, Models, Seed
+from kvbench.cli.options import (
+    Batch,
+    DataRoot,
+    Device,
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    Methods,
+    Models,
+    Seed,
+    Statistics,
+    Workers,
+)
 from kvbench.cli.progress import Terminal
 from kvbench.cli.report import show
 from kvbench.cli.verbs import INTERRUPTED
@@ -26,24 +38,19 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="quantized_prefill, exact_prefill or both.")
     ] = "quantized_prefill",
-    limit: Annotated[int | None, typer.Option(help="At most so many samples a task.")] = None,
+    limit: Limit = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the results; continues a run that is there already."),
     ] = None,
     data_root: DataRoot = None,
-    batch: Annotated[int, typer.Option(help="Samples generated together.")] = 1,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="Longest answer; 512 for MileBench, 16 for generated data if not given."),
-    ] = None,
+    batch: Batch = 1,
+    max_new_tokens: MaxNewTokens = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that share the work.")] = 1,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Folder that kvbench calibrate wrote.")
-    ] = None,
+    workers: Workers = 1,
+    calibration: Statistics = None,
     calibration_samples: Annotated[
         int, typer.Option(help="Samples to calibrate with where no folder is given.")
     ] = 32,

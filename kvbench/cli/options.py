@@ -24,3 +24,11 @@ DataRoot = Annotated[
 Seed = Annotated[int, typer.Option(help="Which samples are taken where not all are.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Limit = Annotated[int | None, typer.Option(help="At most so many samples a task.")]
+Batch = Annotated[int, typer.Option(help="Samples generated together.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(help="Longest answer; 512 for MileBench, 16 for generated data if not given."),
+]
+Workers = Annotated[int, typer.Option(help="Processes that share the work.")]
+Statistics = Annotated[Path | None, typer.Option(help="Folder that kvbench calibrate wrote.")]

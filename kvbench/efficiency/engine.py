@@ -29,7 +29,7 @@ class Engine(Protocol):
     """Runs a workload: all prompts, then step after step. Tokens are chosen greedily."""
 
     path: str
-    """"graph", or "eager: why"."""
+    """"graph", "fused: why there is no graph", or "eager: why"."""
     outputs: Tensor
     """(B, output tokens) int64."""
 

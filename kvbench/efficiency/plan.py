@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from kvbench.efficiency.capacity import Capacity, Footprint, capacity
 from kvbench.efficiency.profiles import GPUProfile
-from kvbench.efficiency.prompts import whole_images
 from kvbench.efficiency.request import TrialResult
 from kvbench.efficiency.rows import EfficiencyRow, Setting, make_row
 from kvbench.efficiency.shapes import empty_model
@@ -47,37 +46,25 @@ def model_capacity(entry: ModelEntry, method: str, dtype: str = "float16") -> Ca
     return capacity(_empty(entry, dtype), method, text_salient_layers=entry.tsa_layers)
 
 
-def plan(
-    entries: Sequence[ModelEntry],
-    methods: Sequence[str],
-    cards: Sequence[GPUProfile],
-    *,
-    batches: Sequence[int] = (1, 8, 64),
-    input_tokens: Sequence[int] = (600, 4000),
-    output_tokens: int = 512,
-    prefill_rows: int = 8,
-    dtype: str = "float16",
-) -> list[PlanLine]:
-    """Peak memory by batch, and largest batch by card, for every combination of the others.
-
-    Prompts have as many whole images as leave room for some text.
-
-    Raises:
-        UserError: As `model_capacity`.
-    """
-    lines = []
-    for entry in entries:
-        for method in methods:
-            model = model_capacity(entry, method, dtype)
-            for length in input_tokens:
-                vision = whole_images(_empty(entry, dtype).config, length)
-                one = Workload(length, vision, output_tokens)
-                peaks = {b: model.footprint(replace(one, batch=b), prefill_rows) for b in batches}
-                largest = {
-                    card.name: model.largest_batch(one, card.memory, prefill_rows) for card in cards
-                }
-                lines.append(PlanLine(entry.name, method, length, output_tokens, peaks, largest))
-    return lines
+def plan_line(
+    model: str,
+    method: str,
+    capacity: Capacity,
+    workload: Workload,
+    prefill_rows: int,
+    batches: Sequence[int],
+    cards: Iterable[GPUProfile],
+) -> PlanLine:
+    """Peak memory of a workload by batch, and its largest batch by card."""
+    one = replace(workload, batch=1)
+    return PlanLine(
+        model,
+        method,
+        one.input_tokens,
+        one.output_tokens,
+        {b: capacity.footprint(replace(one, batch=b), prefill_rows) for b in batches},
+        {card.name: capacity.largest_batch(one, card.memory, prefill_rows) for card in cards},
+    )
 
 
 def plan_table(lines: Iterable[PlanLine]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,10 +39,6 @@ class TrialRequest:
     """
     seed: int = 0
 
-    def with_batch(self, batch: int, probe: bool) -> TrialRequest:
-        """The same with another batch."""
-        return replace(self, workload=replace(self.workload, batch=batch), probe=probe)
-
     def save(self, path: Path) -> None:
         """Write as JSON."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -63,7 +59,7 @@ class TrialResult:
     """One sentence when the status is not ok."""
     weights: Literal["real", "random"] = "random"
     path: str = ""
-    """"graph", "eager: why" or "generate"."""
+    """"graph", "fused: why there is no graph", "eager: why" or "generate"."""
     peak_nvml: int | None = None
     """Of the process, from the driver."""
     nvml_source: str = ""

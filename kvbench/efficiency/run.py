@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kvbench.efficiency.isolate import run_isolated
-from kvbench.efficiency.plan import PlanLine, model_capacity, modelled_row, plan_table
+from kvbench.efficiency.plan import PlanLine, model_capacity, modelled_row, plan_line, plan_table
+from kvbench.efficiency.profiles import PROFILES
 from kvbench.efficiency.request import TrialRequest, TrialResult
 from kvbench.efficiency.rows import (
     ROW_KIND,
@@ -46,21 +47,15 @@ def expected(scenarios: Sequence[Scenario], conditions: Conditions) -> str:
     Raises:
         UserError: A scenario can't be run, or no model is known for its cache.
     """
-    card = conditions.target.profile
+    asked_for = conditions.target.profile
+    cards = {card.name: card for card in (asked_for, *PROFILES.values())}.values()
     batches = sorted({each.batch for each in scenarios if each.batch is not None}) or _PLANNED
     lines: list[PlanLine] = []
     for scenario in scenarios:
         asked = setting(scenario, conditions)
         model = model_capacity(find_model(scenario.model), asked.method, asked.dtype)
-        rows, one = asked.prefill_rows, _workload(asked, 1)
-        line = PlanLine(
-            asked.model,
-            asked.method,
-            asked.input_tokens,
-            asked.output_tokens,
-            {batch: model.footprint(_workload(asked, batch), rows) for batch in batches},
-            {card.name: model.largest_batch(one, card.memory, rows)},
-        )
+        one = _workload(asked, 1)
+        line = plan_line(asked.model, asked.method, model, one, asked.prefill_rows, batches, cards)
         if line not in lines:
             lines.append(line)
     return plan_table(lines)

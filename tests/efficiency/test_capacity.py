@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedM
 
 from kvbench.cache import bind
 from kvbench.efficiency.capacity import Capacity, capacity, prompt_nbytes
-from kvbench.efficiency.plan import model_capacity, modelled_row, plan, plan_table, step_bound
+from kvbench.efficiency.plan import model_capacity, modelled_row, plan_line, plan_table, step_bound
 from kvbench.efficiency.profiles import PROFILES
 from kvbench.efficiency.rows import Setting
 from kvbench.efficiency.shapes import empty_model, model_shape
@@ -216,7 +216,12 @@ def test_any_model_of_transformers_will_do() -> None:
 def test_a_plan_has_every_combination() -> None:
     entries = [MODELS.get(name) for name in ("llava15_7b", "llava16_mistral")]
     cards = [PROFILES["v100"], PROFILES["rtx4090"]]
-    lines = plan(entries, ["fp16", "akvq_vl"], cards, batches=(1, 40), input_tokens=(600, 4000))
+    lines = [
+        plan_line(entry.name, method, model_capacity(entry, method), workload, 8, (1, 40), cards)
+        for entry in entries
+        for method in ("fp16", "akvq_vl")
+        for workload in (PAPER, Workload(4000, 3456, 512))
+    ]
     assert len(lines) == 2 * 2 * 2
     first = lines[0]
     assert first.peaks[40] == llava7b("fp16").footprint(replace(PAPER, batch=40))
