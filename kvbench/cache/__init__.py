@@ -23,7 +23,7 @@ from kvbench.cache.fields import check_fields
 from kvbench.cache.folding import folded_values
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.observers import observing
-from kvbench.cache.plans import Uniform, filled
+from kvbench.cache.plans import PivotDetector, PivotSalient, TextSalient, Uniform, filled
 from kvbench.cache.quantized import (
     BoundMethod,
     QuantizedCache,
@@ -49,6 +49,8 @@ __all__ = [
     "LayerSpec",
     "MergeHeads",
     "Needs",
+    "PivotDetector",
+    "PivotSalient",
     "Plan",
     "Protocols",
     "QuantizedCache",
@@ -57,6 +59,7 @@ __all__ = [
     "RowUsage",
     "Side",
     "Sliding",
+    "TextSalient",
     "Tokens",
     "Transform",
     "Uniform",
