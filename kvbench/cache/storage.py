@@ -219,9 +219,9 @@ class SideStore:
         old = tuple(max(a - b, 0) for a, b in zip(self.recent.lengths, newest, strict=True))
         known = scores.data[:, 0]
         ranks = known.masked_fill(~within(old, known.shape[1], known.device), torch.inf)
-        rank = ranks.argsort(1, stable=True).argsort(1)
+        rank = ranks.argsort(dim=1, stable=True).argsort(1)
         leaves = rank < torch.tensor(leave).to(known.device, non_blocking=True)[:, None]
-        return (~leaves).long().argsort(1, stable=True)
+        return (~leaves).long().argsort(dim=1, stable=True)
 
     def reorder(self, order: Tensor) -> None:
         """Put the tokens in the window in another order, (B, n) int64."""
@@ -230,6 +230,12 @@ class SideStore:
             self.scores = self.scores.taken(order, self.scores.lengths)
         if self._tiers.data.numel() and bool((self._tiers.data != self._tiers.data[0, 0, 0]).any()):
             self._tiers = self._tiers.taken(order.cpu(), self._tiers.lengths)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a token that is about to leave has no tier yet."""
+        width = max(self.leaving)
+        return bool((self._tiers.data[:, :, :width] == DEFERRED).any())
 
     def settle(self, tiers: Tensor) -> None:
         """Give the tokens about to leave (B, n) int8 tiers, where theirs were deferred."""

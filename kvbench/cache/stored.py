@@ -243,8 +243,8 @@ class StoredLayer(CacheLayerMixin):
         if order is not None:
             for store in stores:
                 store.reorder(order)
-        if self._defers and max(leave := keys.leaving):
-            plan = cast(DeferringPlan, self.quantizer.plan)
+        if self._defers and keys.undecided:
+            plan, leave = cast(DeferringPlan, self.quantizer.plan), keys.leaving
             newest = replace(attention, query=attention.query[:, :, -1:])
             mass = self._recent_mass(newest)[:, : max(leave)]
             tiers = plan.settle(mass, leave).to("cpu", torch.int8)
