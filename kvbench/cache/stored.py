@@ -174,7 +174,8 @@ class StoredLayer(CacheLayerMixin):
             self.tokens[row] += count
         tiers = self._planned(tokens, first)
         if self.protocol == "sparse_prefill":
-            step.sparse = ~sum(tiers == tier for tier in self.quantizer.sparse_tiers).bool()
+            unimportant = torch.tensor(self.quantizer.sparse_tiers, dtype=tiers.dtype)
+            step.sparse = ~torch.isin(tiers, unimportant)
             step.sparse[:, -1] = True
             step.sparse &= tokens.valid
         kept = tokens.valid.repeat_interleave(self._heads, 0)
