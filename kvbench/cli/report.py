@@ -9,6 +9,8 @@ import typer
 
 from kvbench.errors import UserError
 
+_GOALS = "goals.md"
+
 
 def report(
     directory: Annotated[
@@ -34,8 +36,12 @@ def report(
         typer.echo(str(html))
 
 
-def show(directory: Path) -> None:
-    """Write the tables of `directory`, print the summary and where the tables are."""
+def show(directory: Path, goals: bool = False) -> None:
+    """Write the tables of `directory`, print the summary and where the tables are.
+
+    The efficiency preset's goals are held against the rows where `goals` says so, and where there
+    is a figure for each.
+    """
     from kvbench.report import print_summary, read_results, write_report
 
     paths = write_report(directory)
@@ -44,17 +50,25 @@ def show(directory: Path) -> None:
         rows, run = read_results(directory)
         print_summary(rows, run)
     if "table4.md" in written:
-        show_efficiency(directory)
+        paths += show_efficiency(directory, goals)
     for path in paths:
         typer.echo(str(path))
 
 
-def show_efficiency(directory: Path) -> None:
-    """Print the main figures of the efficiency rows in `directory`."""
+def show_efficiency(directory: Path, goals: bool) -> list[Path]:
+    """Print the main figures of the efficiency rows in `directory`; the goals' file, if any."""
+    from kvbench.efficiency.preset import goals_table, has_all
     from kvbench.efficiency.rows import read_efficiency
+    from kvbench.evaluation.files import write_atomically
     from kvbench.report import efficiency_text
 
-    typer.echo(efficiency_text(read_efficiency(directory)))
+    rows = read_efficiency(directory)
+    typer.echo(efficiency_text(rows))
+    if not goals and not has_all(rows):
+        return []
+    write_atomically(directory / _GOALS, goals_table(rows, "github") + "\n")
+    typer.echo(f"{goals_table(rows)}\n")
+    return [directory / _GOALS]
 
 
 def write_html(directory: Path, path: Path, data: Path | None) -> None:
