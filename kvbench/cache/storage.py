@@ -12,6 +12,7 @@ from torch import Tensor
 from kvbench.cache.codecs import Exact
 from kvbench.cache.contract import (
     DEFERRED,
+    EVICTED,
     EXACT,
     Codec,
     LayerSpec,
@@ -317,6 +318,8 @@ class SideStore:
     def _distribute(self, states: Ragged, slots: Ragged | None, tiers: Ragged) -> None:
         values = tiers.data[:, 0, : max(states.lengths)].numpy().tobytes()
         for target, counts, index in _partition(values, states.lengths, states.data.device):
+            if target == EVICTED:
+                continue
             segment = self._segment(target)
             if index is None:
                 segment.append(states, slots)
