@@ -81,7 +81,7 @@ class KVCrush:
     @property
     def needs(self) -> Needs:
         """What the base needs."""
-        return self.stored_as().needs
+        return Needs() if self.base == _NOTHING else self.stored_as().needs
 
     def stored_as(self) -> KVQuantizer:
         """The base.
@@ -89,7 +89,10 @@ class KVCrush:
         Raises:
             UserError: it is unknown, evicts tokens itself, or is not stored by kvbench.
         """
-        base = resolve(self.base)
+        try:
+            base = resolve(self.base)
+        except UserError as error:
+            raise UserError(f"KVCrush's base can't be used: {error}") from error
         if isinstance(base, ForeignCache):
             raise UserError(
                 f"KVCrush can't evict from {self.base}, which brings a cache of its own; choose a "
@@ -127,7 +130,7 @@ class _Crushed:
         stays = torch.zeros_like(tokens.valid)
         for row, valid in enumerate(tokens.valid):
             columns = valid.nonzero().squeeze(1)
-            stays[row, columns[self._kept(mass[row, :, columns])]] = True
+            stays[row, columns[self._kept(mass[row][:, columns])]] = True
         tiers = self.base.prompt(tokens).cpu()
         gone = ~stays if tiers.dim() == 2 else ~stays[:, None]
         return tiers.masked_fill(gone, EVICTED)

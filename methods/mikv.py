@@ -34,7 +34,7 @@ class MiKV:
     Important are, in halves, the newest tokens and those that have drawn most attention since the
     prompt began (H2O). After every step floor(ratio · length) remain important; what is demoted
     never returns. Keys are balanced against queries channel by channel (eq. 2-4), by the prompt's
-    extremes. `group_size` None is half a head, so that no group mixes the halves that RoPE pairs.
+    extremes. `group_size` 0 is half a head, so that no group mixes the halves that RoPE pairs.
 
     No official code is known. Where accounts of the paper are silent: the share is taken of the
     length so far; of an odd number the larger part is new; a group of query heads adds its scores
@@ -50,18 +50,18 @@ class MiKV:
     high_bits: Literal[16, 8, 4] = 16
     ratio: float = 0.2
     recent_share: float = 0.5
-    group_size: int | None = None
+    group_size: int = 0
     balance: bool = True
 
     def __post_init__(self) -> None:
         """Validate.
 
         Raises:
-            UserError: a share outside [0, 1] or an empty group.
+            UserError: a share outside [0, 1] or a negative group size.
         """
         check_fields(self)
-        if self.group_size is not None and self.group_size < 1:
-            raise UserError(f"MiKV's group size must be positive, not {self.group_size}.")
+        if self.group_size < 0:
+            raise UserError(f"MiKV's group size can't be negative ({self.group_size}).")
         HeavyHitters(self.ratio, self.recent_share)
 
     def layer(self, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
