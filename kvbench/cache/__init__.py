@@ -10,6 +10,7 @@ from kvbench.cache.contract import (
     EXACT,
     Calibration,
     Codec,
+    DeferringPlan,
     KVQuantizer,
     LayerQuantizer,
     LayerSpec,
@@ -27,7 +28,7 @@ from kvbench.cache.contract import (
 from kvbench.cache.fields import check_fields
 from kvbench.cache.folding import folded_values
 from kvbench.cache.foreign import ForeignCache
-from kvbench.cache.mass import column_mass
+from kvbench.cache.mass import column_mass, seen_by
 from kvbench.cache.observers import observing
 from kvbench.cache.plans import PivotDetector, PivotSalient, TextSalient, Uniform, filled
 from kvbench.cache.quantized import (
@@ -50,6 +51,7 @@ __all__ = [
     "Calibration",
     "ChannelScale",
     "Codec",
+    "DeferringPlan",
     "Exact",
     "ForeignCache",
     "HeavyHitters",
@@ -88,4 +90,5 @@ __all__ = [
     "quantized_cache",
     "resolve",
     "save_calibration",
+    "seen_by",
 ]

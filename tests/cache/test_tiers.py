@@ -194,7 +194,7 @@ def test_blocks_of_queries_give_the_same_sums(monkeypatch: Any, block: int) -> N
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_heavy_hitters_and_the_newest_stay_and_none_comes_back(protocol: str) -> None:
     """Half of the tokens: the newest, and those with most accumulated attention, head by head."""
-    query, keys, values = given = states(seed=3)
+    _, keys, values = given = states(seed=3)
     codec = Affine(2, WIDTH, zero="float")
     side = Side({2: codec}, window=HeavyHitters(0.5))
     drive = Drive(LayerQuantizer(side, side, Uniform(2), heads_apart=True), protocol)
