@@ -111,7 +111,7 @@ def _statistics(
     from kvbench.cache import load_calibration
 
     if request.calibration is not None:
-        return load_calibration(calibration_file(request.calibration, loaded))
+        return load_calibration(calibration_file(request.calibration, loaded.entry))
     progress.note(f"calibrating {loaded.entry.name} for {', '.join(needing)}")
     return statistics_of(loaded, request.samples, request.seed)
 

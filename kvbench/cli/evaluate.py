@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbench.cli.options import (
+    Address,
     Batch,
     DataRoot,
     Device,
     Dtype,
+    Executor,
+    GpusPerWorker,
     Limit,
     MaxNewTokens,
     Methods,
@@ -49,7 +52,10 @@ def evaluate(
     max_new_tokens: MaxNewTokens = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    workers: Workers = 1,
+    workers: Workers = None,
+    executor: Executor = "local",
+    address: Address = None,
+    gpus_per_worker: GpusPerWorker = None,
     calibration: Statistics = None,
     calibration_samples: Annotated[
         int, typer.Option(help="Samples to calibrate with where no folder is given.")
@@ -73,6 +79,9 @@ def evaluate(
         device=device,
         dtype=dtype,
         workers=workers,
+        executor=executor,
+        address=address,
+        gpus_per_worker=gpus_per_worker,
         calibration=calibration,
         calibration_samples=calibration_samples,
     )

@@ -8,6 +8,14 @@ if TYPE_CHECKING:
     from kvbench.models.load import LoadedModel
     from kvbench.models.zoo import ModelEntry
 
+AUTO_MAP = "auto-map"
+"""The device of a model whose layers are spread over all GPUs, and main memory if they're full."""
+
+
+def wants_gpus(device: str) -> bool:
+    """Whether a run takes GPUs as it finds them; "cuda:1" is one that the user chose."""
+    return device in ("auto", "cuda", AUTO_MAP)
+
 
 def load(entry: ModelEntry, device: str, dtype: str) -> LoadedModel:
     """Load a model; "auto" means CUDA if there is any, and the entry's own dtype.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kvbench.evaluation.progress import Silent
@@ -101,6 +106,59 @@ class Listener(Silent):
 def listener() -> Listener:
     """A listener with `total`, `advanced`, `cells` and `notes`."""
     return Listener()
+
+
+class Killer(Listener):
+    """Kills a worker once so many samples have their rows.
+
+    A worker is a process that was started by this one, however indirectly, and says so.
+    """
+
+    def __init__(self, mark: str, after: int) -> None:
+        super().__init__()
+        self._mark, self._after, self.killed = mark, after, 0
+
+    def advance(self) -> None:
+        super().advance()
+        if self.advanced == self._after:
+            victim = max(self.workers(), key=lambda process: sum(process.cpu_times()[:2]))
+            os.kill(victim.pid, signal.SIGKILL)
+            self.killed = victim.pid
+
+    def workers(self) -> list[psutil.Process]:
+        """The workers that run."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if self._mark in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+
+@pytest.fixture
+def killer() -> type[Killer]:
+    """A listener that kills a worker: `killer(mark in its command line, after so many rows)`."""
+    return Killer
+
+
+@pytest.fixture
+def same_results() -> Callable[[Path, Path], None]:
+    """Checks that two folders have the same rows, but for the time they took, and tables."""
+    from kvbench.evaluation.store import SAMPLES
+    from kvbench.report import write_report
+
+    def check(one: Path, other: Path) -> None:
+        rows, tables = [], []
+        for folder in (one, other):
+            lines = (folder / SAMPLES).read_text().splitlines()
+            untimed = [json.loads(line) | {"seconds": None} for line in lines]
+            rows.append({row["key"]: row for row in untimed})
+            assert len(rows[-1]) == len(lines)  # each row once
+            tables.append({path.name: path.read_text() for path in write_report(folder)})
+        assert rows[0] == rows[1]
+        assert tables[0] == tables[1]
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -17,16 +17,16 @@ import pytest
 
 from kvbench.errors import UserError
 from kvbench.evaluation.choices import MethodChoice
-from kvbench.evaluation.progress import Silent
 from kvbench.evaluation.request import EvalRequest
 from kvbench.evaluation.rows import SampleRow
 from kvbench.evaluation.session import Job
 from kvbench.evaluation.store import Store, read_rows
-from kvbench.evaluation.workers import run_jobs
-from kvbench.report import write_report
+from kvbench.evaluation.workers import RETRIES, run_jobs
 
 pytestmark = pytest.mark.slow
 
+Same = Callable[[Path, Path], None]
+Killer = Callable[[str, int], Any]
 Grid = Callable[..., EvalRequest]
 Evaluated = Callable[..., list[SampleRow]]
 
@@ -45,27 +45,34 @@ class Deadly:
 """
 
 
-def untimed(rows: list[SampleRow]) -> dict[str, SampleRow]:
-    return {row.key: dataclasses.replace(row, seconds={}) for row in rows}
-
-
 def test_two_processes_write_the_same_rows(
-    evaluated: Evaluated, listener: Any, private_cache: Path, tmp_path: Path
+    evaluated: Evaluated, same_results: Same, listener: Any, private_cache: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"methods": "fp16,rtn_int2,smoothquant", "batch": 2}
     calm = evaluated(**options, tasks="oe", out=tmp_path / "run")
     rows = evaluated(listener, **options, workers=2, out=tmp_path / "run")
     assert rows[: len(calm)] == calm  # what was there is left alone
-    one = evaluated(**options, out=tmp_path / "one")
-    assert untimed(rows) == untimed(one)
+    evaluated(**options, out=tmp_path / "one")
+    same_results(tmp_path / "run", tmp_path / "one")
     assert listener.total == listener.advanced == len(rows) == 3 * 2 * 6
     assert sorted(listener.cells) == ["tiny · OE", "tiny · WQA"]
     assert listener.notes == []  # the statistics of the first run serve the second
-    tables = [
-        {path.name: path.read_text() for path in write_report(tmp_path / name)}
-        for name in ("run", "one")
-    ]
-    assert tables[0] == tables[1]
+
+
+def test_a_killed_process_costs_nothing(
+    evaluated: Evaluated, same_results: Same, killer: Killer, private_cache: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"methods": "fp16,rtn_int2,smoothquant", "max_new_tokens": 16}
+    listener = killer("spawn_main", 7)
+    rows = evaluated(listener, **options, workers=2, out=tmp_path / "run")
+    assert listener.killed
+    evaluated(**options, out=tmp_path / "one")
+    same_results(tmp_path / "run", tmp_path / "one")
+    assert listener.total == listener.advanced == len(rows) == 3 * 2 * 6
+    calibrating, died = listener.notes
+    assert calibrating.startswith("calibrating tiny for smoothquant on 3 samples")
+    assert died.startswith("a worker process died at samples ")
+    assert not listener.workers()
 
 
 def test_a_fault_in_a_worker_keeps_the_rows_before_it(
@@ -87,8 +94,8 @@ def test_a_fault_in_a_worker_keeps_the_rows_before_it(
     assert listener.advanced == len(rows) == 8
 
 
-def test_a_worker_that_dies_is_told_of(
-    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_task_that_kills_workers_ends_the_run(
+    grid: Grid, listener: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "deadly_method.py").write_text(DEADLY)
     monkeypatch.syspath_prepend(tmp_path)
@@ -97,8 +104,12 @@ def test_a_worker_that_dies_is_told_of(
     request = grid(tasks="oe", limit=1)
     methods = (MethodChoice("deadly", deadly_method.Deadly()),)
     request = dataclasses.replace(request, methods=methods)
-    with Store(request.out) as store, pytest.raises(UserError, match="a worker process died"):
-        run_jobs(request, [Job(0, "oe", 0, 1)], store, Silent())
+    said = r"died 3 times at samples 1 to 1 of oe with tiny .*; the rows so far are kept"
+    with Store(request.out) as store, pytest.raises(UserError, match=said):
+        run_jobs(request, [Job(0, "oe", 0, 1)], store, listener)
+    again = "a worker process died at samples 1 to 1 of oe with tiny; another one takes over"
+    assert listener.notes == [again] * RETRIES
+    assert read_rows(request.out / "samples.jsonl") == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
