@@ -150,7 +150,7 @@ def _summary(
         "label": entry.label,
         "revision": loaded.revision,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": loaded.model.device.type,
+        "device": loaded.device.type,
         "text_salient_layers": found,
         "zoo_text_salient_layers": entry.tsa_layers,
         "sure": all(pattern.sure for pattern in patterns[: len(found) + 1]),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvbench.models import AUTO_MAP
+
 if TYPE_CHECKING:
     from kvbench.models.load import LoadedModel
     from kvbench.models.zoo import ModelEntry
-
-AUTO_MAP = "auto-map"
-"""The device of a model whose layers are spread over all GPUs, and main memory if they're full."""
 
 
 def wants_gpus(device: str) -> bool:

@@ -12,9 +12,10 @@ from contextlib import suppress
 from typing import Self
 
 from kvbench.errors import UserError
-from kvbench.evaluation.hardware import AUTO_MAP, wants_gpus
+from kvbench.evaluation.hardware import wants_gpus
 from kvbench.evaluation.request import EvalRequest
 from kvbench.evaluation.worker import Outcome, Setup, Task, Worker
+from kvbench.models import AUTO_MAP
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 

@@ -15,9 +15,10 @@ import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 
 from kvbench.errors import UserError
-from kvbench.evaluation.hardware import AUTO_MAP, wants_gpus
+from kvbench.evaluation.hardware import wants_gpus
 from kvbench.evaluation.request import EvalRequest
 from kvbench.evaluation.worker import Outcome, Setup, Task, Worker
+from kvbench.models import AUTO_MAP
 
 _STORE_BYTES = 100 * 2**20
 """Shared memory of a cluster that is started here: rows and statistics are small."""
