@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,21 +10,18 @@ from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel
 
 from kvbench.cache.contract import Transform
-from kvbench.cache.layer import QuantizedLayer
 from kvbench.cache.observers import decoder_stack
-from kvbench.cache.quantized import QuantizedCache
 from kvbench.cache.transforms import Rotate
 from kvbench.efficiency.static_cache import StaticCache
+from kvbench.efficiency.static_prompts import StaticPrompts
 from kvbench.kernels.decoder_ops import add_rms_norm, rope, silu_mul
 
-TakeLayer = Callable[[int, QuantizedLayer], None]
-"""Is given each layer's storage as soon as it is complete."""
 LLAMA_SHAPED = ("llama", "mistral", "qwen2")
 """Model types of transformers whose decoder layer is: norm, q k v, rotary, o, norm, SwiGLU."""
 
 
 class FusedDecoder:
-    """The decoder stack of a model, for prompts on quantized caches and for steps on static ones.
+    """The decoder stack of a model, for prompts and for steps on a static cache.
 
     Projections that share their input become one matrix; the model's own modules keep working, as
     views of it.
@@ -50,7 +46,7 @@ class FusedDecoder:
         cache.end()
         return self._logits(normed)
 
-    def prefill(self, embeddings: Tensor, cache: QuantizedCache, take: TakeLayer) -> Tensor:
+    def prefill(self, embeddings: Tensor, prompts: StaticPrompts) -> Tensor:
         """(b, n, hidden) prompts without padding to their last tokens' logits (b, vocabulary)."""
         rows, new, width = embeddings.shape
         places = torch.arange(new, device=embeddings.device)[None]
@@ -59,8 +55,7 @@ class FusedDecoder:
         hidden = embeddings.reshape(rows * new, width)
         residual: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            hidden, residual = layer.prefill(hidden, residual, cos, sin, rows, cache, index)
-            take(index, cache.layers[index])
+            hidden, residual = layer.prefill(hidden, residual, cos, sin, index, prompts)
         last = slice(new - 1, None, new)
         stream = None if residual is None else residual[last]
         normed, _ = _norm(self._stack.norm, hidden[last], stream)
@@ -113,30 +108,21 @@ class _FusedLayer:
         residual: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        rows: int,
-        cache: QuantizedCache,
         index: int,
+        prompts: StaticPrompts,
     ) -> tuple[Tensor, Tensor]:
         """Whole prompts, one row's tokens after another's."""
         normed, residual = _norm(self._norms[0], hidden, residual)
-        if cache.observed.needs.residual:
-            cache.observed.residual[index] = residual.view(rows, -1, residual.shape[-1])
         qkv = linear(normed, *self._qkv)
         del normed, hidden
-        return self._rest(self._attend_prompt(qkv, cos, sin, rows, cache.layers[index]), residual)
-
-    def _attend_prompt(
-        self, qkv: Tensor, cos: Tensor, sin: Tensor, rows: int, layer: QuantizedLayer
-    ) -> Tensor:
-        """(T, Hq · D): store the prompt's keys and values, attend as the protocol says."""
-        spec = layer.spec
+        spec, rows = prompts.spec(index), prompts.count
         query, keys, values = (
             x.unflatten(0, (rows, -1)).transpose(1, 2)
             for x in rope(qkv, cos, sin, spec.num_heads, spec.num_kv_heads, False)
         )
-        step, _ = layer.update(keys, values)
-        out = layer.attend(self._attention, query, step, None, self._attention.scaling)
-        return out.transpose(1, 2).reshape(len(qkv), -1)
+        stream = residual.view(rows, -1, residual.shape[-1])
+        out = prompts.attend(index, self._attention, query, keys, values, stream)
+        return self._rest(out.transpose(1, 2).reshape(len(qkv), -1), residual)
 
     def _rest(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Output projection and MLP."""

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvbench.cache.folding import fold_values
-from kvbench.cache.layer import QuantizedLayer
 from kvbench.cache.observers import image_token_ids
 from kvbench.cache.quantized import BoundMethod
 from kvbench.efficiency.decoder import FusedDecoder, unsupported_model
 from kvbench.efficiency.prompts import embedded
 from kvbench.efficiency.static_cache import StaticCache
+from kvbench.efficiency.static_prompts import StaticPrompts
 from kvbench.efficiency.support import unsupported
 from kvbench.efficiency.workload import Workload
 from kvbench.kernels import attention
@@ -98,24 +98,24 @@ class StaticEngine:
 
     @property
     def packed_tokens_read(self) -> int:
-        """Tokens taken from below 16 bits while decoding, over layers, rows and steps."""
+        """Tokens taken from below 16 bits while decoding, over layers, rows and steps.
+
+        Raises:
+            UserError: A prompt did not fit.
+        """
+        self.cache.check()
         return int(self.cache.packed_tokens_read.item())
 
     @torch.no_grad()
     def prefill(self, first_row: int, prompts: Prompts) -> None:
-        """Run prompts through a quantized cache that empties, layer by layer, into the static one.
-
-        So no more than one layer of the prompts is ever held twice. Prompts have no padding.
-        """
-        source, ids = self._bound.new_cache(), prompts["input_ids"]
+        """Run prompts, storing them as they go. They have no padding."""
+        ids = prompts["input_ids"]
         rows = slice(first_row, first_row + len(ids))
-
-        def take(index: int, layer: QuantizedLayer) -> None:
-            self.cache.admit(rows, index, layer)
-            layer.reset()
-
-        source.observed.see_inputs(image_token_ids(self._model.config), dict(prompts))
-        logits = self._decoder.prefill(embedded(self._model, prompts), source, take)
+        images = torch.zeros_like(ids, dtype=torch.bool)
+        for token in image_token_ids(self._model.config):
+            images |= ids == token
+        store = StaticPrompts(self.cache, self._bound.quantizers, rows, images)
+        logits = self._decoder.prefill(embedded(self._model, prompts), store)
         self._tokens[rows] = self.outputs[rows, 0] = logits.argmax(-1)
         self._place.fill_(1)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbench.cache.contract import EXACT
+from kvbench.cache.contract import EXACT, Window
 from kvbench.efficiency.workload import LayerLayout
 
 
@@ -59,6 +59,13 @@ class SharedWindow:
         """The row's token that opened the ring."""
         self.waiting = torch.zeros(len(layouts), rows, self.ring, dtype=torch.int8, device=device)
         """Bits that tokens in the ring will get."""
+        self._rooms = {
+            bits: [layout.key.exact if bits == EXACT else layout.key.packed.get(bits, 0)
+                   for layout in layouts]
+            for bits in self.held
+        }  # fmt: skip
+        self.crowded = torch.zeros((), dtype=torch.bool, device=device)
+        """Whether a prompt had more tokens of a precision than there is room for."""
         self._slot: Tensor | None = None
 
     @property
@@ -77,6 +84,23 @@ class SharedWindow:
             self._slot = None
             self._leave(self._generated.expand(-1, self.tokens.shape[0]))
         self._count = (self.tokens - self.first + 1).clamp_max(self.ring)
+
+    def kept(self, window: Window | None, length: int) -> int:
+        """Tokens of a prompt that go to the ring."""
+        return length if self.forever else kept_tokens(window, length)
+
+    def fill(self, rows: slice, layer: int, bits: Tensor, leaving: int, _: int) -> None:
+        """Count the prompts of some rows; bits (b, n) on the device, the first `leaving` packed."""
+        length = bits.shape[1]
+        self.tokens[rows] = length
+        if not self.forever:
+            self.first[rows] = leaving
+            for precision, held in self.held.items():
+                count = (bits[:, :leaving] == precision).sum(1, dtype=torch.int32)
+                held[layer, rows] = count
+                self.crowded |= (count > self._rooms[precision][layer]).any()
+            self.waiting[layer, rows, : length - leaving] = bits[:, leaving:]
+        self._count = self.tokens - self.first
 
     def _release(self) -> None:
         age = self.tokens - self.first
@@ -152,17 +176,31 @@ class ResidualKeys:
         self._key = Moves(self.tokens - self.keys, none, none)
         self._value = Moves(age % self.ring, leaves * self._bits, self.values.clone())
         self.values += leaves
+        total = self.tokens + 1
+        self._reach(total)
+        self.flush = (total - self.keys == self.block) * self.block
+        """(B,) keys to pack after attention."""
+
+    def kept(self, window: Window | None, length: int) -> int:
+        """Tokens of a prompt that go to the buffer or the ring."""
+        return kept_tokens(window, length)
+
+    def fill(self, rows: slice, layer: int, bits: Tensor, keys: int, values: int) -> None:
+        """Count the prompts of some rows, of which so many keys and values are packed."""
+        self.tokens[rows] = bits.shape[1]
+        self.keys[rows] = keys
+        self.first[rows] = self.values[rows] = values
+        self._reach(self.tokens)
+
+    def _reach(self, total: Tensor) -> None:
         between = (self.values - self.first) % self.ring
         newest = (self.keys - self.first) % self.ring
         self.spans = (
             Reach(self.values.clone()),
             Reach(self.keys - self.values, self.values.clone(), between),
-            Reach(self.tokens + 1 - self.keys, None, newest),
+            Reach(total - self.keys, None, newest),
         )
         """Both packed; keys packed, values exact; both exact."""
-        full = self.tokens + 1 - self.keys == self.block
-        self.flush = full * self.block
-        """(B,) keys to pack after attention."""
 
     def moves(self, layer: int) -> tuple[Moves, Moves]:
         """Of keys and of values."""
@@ -176,6 +214,11 @@ class ResidualKeys:
     def packed_tokens(self) -> Tensor:
         """() int64: tokens with packed keys that a step attends to, over layers and rows."""
         return self.keys.sum() * self._layers
+
+
+def kept_tokens(window: Window | None, length: int) -> int:
+    """Tokens of a prompt that a window keeps."""
+    return 0 if window is None else window.keep(length, length)
 
 
 Schedule = SharedWindow | ResidualKeys

@@ -1,19 +1,16 @@
-"""A packed cache of fixed size: filled from quantized caches, then read and grown by kernels."""
+"""A packed cache of fixed size: filled with prompts, then read and grown by kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvbench.cache.codecs import Affine
 from kvbench.cache.contract import EXACT, LayerQuantizer, LayerSpec, Side, Transform
-from kvbench.cache.layer import QuantizedLayer
 from kvbench.cache.quantized import BoundMethod
-from kvbench.cache.ragged import Lengths, Ragged
-from kvbench.cache.storage import SideStore
 from kvbench.efficiency.schedule import Moves, Reach, ResidualKeys, SharedWindow
 from kvbench.efficiency.support import unsupported
 from kvbench.efficiency.workload import SideLayout, Workload, cache_layout
@@ -77,49 +74,29 @@ class StaticSide:
         """The store of a precision."""
         return self.exact if bits == EXACT else self.packed[bits]
 
-    def admit(self, rows: slice, store: SideStore, forever: bool) -> None:
-        """Copy what a reference cache holds into some rows.
+    def fill(self, rows: slice, states: Tensor, bits: Tensor) -> None:
+        """Take the prompts of some rows, (b, H, n, D) in the stored basis.
 
-        Raises:
-            UserError: a row has more tokens of a precision than there is room for.
+        The first tokens leave the window at once, with (b, leaving) `bits` each; the rest fill the
+        ring. Which token goes where is worked out on the device: the host waits for nothing.
         """
-        for bits, segment in store.segments.items():
-            if not max(segment.lengths):
-                continue
-            if bits == EXACT:
-                self._admit_exact(rows, segment.parts[0], forever)
-                continue
-            target = self.packed[bits]
-            self._check_room(max(segment.lengths), target.codes.shape[2], bits)
-            for part, into in zip(segment.parts, _tensors(target), strict=True):
-                data = part.trimmed()
-                if data.dim() > into.dim():  # tokens of a group have a dimension of their own
-                    data = data.flatten(2, 3)
-                into[rows, :, : data.shape[2]].copy_(data)
-        if max(store.recent.lengths):
-            width, start = max(store.recent.lengths), self.layout.exact
-            self._check_room(width, self.layout.ring, EXACT)
-            self.exact[rows, :, start : start + width].copy_(
-                store.recent.parts[0].data[:, :, :width]
-            )
+        leaving, start = bits.shape[1], self.layout.exact
+        left, newest = states[:, :, :leaving], states[:, :, leaving:]
+        for precision, store in self.packed.items():
+            room = store.codes.shape[2]
+            some = left if self._is_uniform else _taken(left, bits == precision, room)
+            into = replace(store, **{name: part[rows] for name, part in _tensors(store).items()})
+            quantize_into(some, self._roundings[precision], into)
+        if self.layout.exact and leaving:
+            # The latest first, right before the ring: so one span reads both.
+            kept = _taken(left, bits == EXACT, start).flip(2)
+            self.exact[rows, :, start - kept.shape[2] : start].copy_(kept)
+        self.exact[rows, :, start : start + newest.shape[2]].copy_(newest)
 
-    def _admit_exact(self, rows: slice, states: Ragged, forever: bool) -> None:
-        """At the start if they grow for ever, else right before the ring."""
-        room = self.layout.ring if forever else self.layout.exact
-        self._check_room(max(states.lengths), room, EXACT)
-        into = self.exact[rows, :, :room]
-        if forever:
-            into[:, :, : states.data.shape[2]].copy_(states.data)
-        else:
-            index = _right_aligned(states.lengths, room, states.data.device)
-            into.copy_(states.data.take_along_dim(index, 2))
-
-    def _check_room(self, tokens: int, room: int, bits: int) -> None:
-        if tokens > room:
-            raise UserError(
-                f"a row has {tokens} tokens at {bits} bits where the static cache has room for "
-                f"{room}; the plan depends on the data in a way that its rehearsal did not show."
-            )
+    @property
+    def _is_uniform(self) -> bool:
+        """Whether all that leaves the window goes to one store."""
+        return len(self.packed) == 1 and not self.layout.exact
 
 
 class StaticLayer:
@@ -179,20 +156,33 @@ class StaticCache:
         """(B,) int32, tokens of each row."""
         return self.schedule.tokens
 
-    def admit(self, rows: slice, index: int, source: QuantizedLayer) -> None:
-        """Copy what a layer of a reference cache holds after the prompts of some rows."""
-        layer, schedule = self.layers[index], self.schedule
-        keys, values = source.key_store, source.value_store
-        forever = isinstance(schedule, SharedWindow) and schedule.forever
-        layer.key.admit(rows, keys, forever)
-        layer.value.admit(rows, values, forever)
-        schedule.tokens[rows] = tokens = self._ints(keys.lengths)
-        if isinstance(schedule, ResidualKeys):
-            schedule.keys[rows] = self._ints(keys.packed_lengths)
-            schedule.first[rows] = schedule.values[rows] = self._ints(values.packed_lengths)
-        elif not forever:
-            schedule.first[rows] = tokens - self._ints(keys.recent.lengths)
-            self._count(schedule, index, rows, keys)
+    def fill(
+        self, rows: slice, index: int, keys: Tensor, values: Tensor, bits: Tensor
+    ) -> list[Span]:
+        """Take one layer of the prompts of some rows; what their last tokens attend to.
+
+        Keys and values are (b, H, n, D) in the stored basis, without padding; bits (b, n) int8, on
+        the device.
+        """
+        layer, schedule, length = self.layers[index], self.schedule, bits.shape[1]
+        leaving = []
+        for side, states in ((layer.key, keys), (layer.value, values)):
+            leaving.append(length - schedule.kept(side.side.window, length))
+            side.fill(rows, states, bits[:, : leaving[-1]])
+        schedule.fill(rows, index, bits, *leaving)
+        return [_of_rows(span, rows) for span in self.spans(index)]
+
+    def check(self) -> None:
+        """Hold the prompts against the room that was made for them; waits for the device.
+
+        Raises:
+            UserError: a row has more tokens of a precision than there is room for.
+        """
+        if isinstance(self.schedule, SharedWindow) and bool(self.schedule.crowded):
+            raise UserError(
+                "a prompt has more tokens of a precision than the static cache has room for: the "
+                "plan depends on the data in a way that its rehearsal did not show."
+            )
 
     def reset(self) -> None:
         """Forget all rows; the memory stays."""
@@ -240,30 +230,26 @@ class StaticCache:
             _span(key.of(bits), value.of(bits), schedule.reach(index, bits)) for bits in precisions
         ]
 
-    def _count(self, schedule: SharedWindow, index: int, rows: slice, store: SideStore) -> None:
-        for bits, segment in store.segments.items():
-            if max(segment.lengths):
-                schedule.held[bits][index, rows] = self._ints(segment.lengths)
-        if schedule.ring:
-            width = max(store.recent.lengths)
-            waiting = store.waiting_bits.data[:, 0, :width]
-            schedule.waiting[index, rows, :width] = waiting.to(self.device, non_blocking=True)
 
-    def _ints(self, values: Lengths) -> Tensor:
-        return _on_device(values, self.device)
+def _taken(states: Tensor, mask: Tensor, room: int) -> Tensor:
+    """(b, H, width, D): the tokens where the (b, n) mask is True, first; width is at most `room`.
+
+    What follows them is left over, and no counter reaches it.
+    """
+    order = torch.argsort(~mask, dim=1, stable=True)[:, : min(room, mask.shape[1])]
+    return states.take_along_dim(order[:, None, :, None], 2)
 
 
-@lru_cache(maxsize=256)
-def _on_device(values: Lengths, device: torch.device) -> Tensor:
-    # A blocking copy would wait for everything that the device has still to do.
-    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+def _of_rows(span: Span, rows: slice) -> Span:
+    """The same for some rows."""
 
+    def of(states: States) -> States:
+        if isinstance(states, Tensor):
+            return states[rows]
+        return replace(states, **{name: part[rows] for name, part in _tensors(states).items()})
 
-@lru_cache(maxsize=8)
-def _right_aligned(lengths: Lengths, room: int, device: torch.device) -> Tensor:
-    """(B, 1, room, 1) int64: which number stands where if every row ends at the last place."""
-    index = torch.arange(room) - (room - torch.tensor(lengths)[:, None])
-    return index.clamp_min(0)[:, None, :, None].to(device, non_blocking=True)
+    starts = (None if at is None else at[rows] for at in (span.key_starts, span.value_starts))
+    return Span(of(span.keys), of(span.values), span.lengths[rows], *starts)
 
 
 def _shares_window(quantizer: LayerQuantizer) -> bool:
@@ -299,8 +285,10 @@ def _allocate(
     )
 
 
-def _tensors(states: PackedStates) -> list[Tensor]:
-    return [t for t in (states.codes, states.scale, states.zero) if t is not None]
+def _tensors(states: PackedStates) -> dict[str, Tensor]:
+    """The tensors of packed states by the names of their fields."""
+    parts = {"codes": states.codes, "scale": states.scale, "zero": states.zero}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _span(keys: States, values: States, reach: Reach) -> Span:

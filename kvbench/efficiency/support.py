@@ -12,6 +12,8 @@ from kvbench.efficiency.workload import Workload, cache_layout
 
 def unsupported(bound: BoundMethod, workload: Workload) -> str | None:
     """Why a method can't have a static cache, or None if it can."""
+    if bound.protocol != "exact_prefill":
+        return "its prompts attend to what is stored"
     for quantizer, spec in zip(bound.quantizers, bound.specs, strict=True):
         if reason := _unsupported_layer(quantizer, spec, workload):
             return reason

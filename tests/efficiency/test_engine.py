@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from typing import Any
 
 import pytest
 import torch
 
-from kvbench.cache.layer import QuantizedLayer
 from kvbench.cache.quantized import bind
-from kvbench.cache.storage import SideStore
 from kvbench.efficiency.engine import EagerEngine, Engine, StaticEngine, make_engine
 from kvbench.efficiency.prompts import micro_batches, tokens_per_image
 from kvbench.efficiency.workload import Workload
+from kvbench.errors import UserError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS = [
@@ -119,24 +117,39 @@ def test_a_short_attention_window_runs_eagerly(tiny_text_model: Any) -> None:
     assert "window is shorter" in engine.path
 
 
-@pytest.mark.parametrize("method", ["fp16", "akvq_vl[recent=12,pivots=3]"])
-def test_prompts_are_held_twice_for_one_layer_at_most(
-    method: str, tiny_text_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = model_of(tiny_text_model("llama", layers=4))
+def test_prompts_that_attend_to_what_is_stored_run_eagerly(tiny_text_model: Any) -> None:
+    model = model_of(tiny_text_model("llama"))
+    engine = make_engine(model, bind(model, "rtn_int4"), Workload(45, 0, 8))
+    assert engine.path == "eager: its prompts attend to what is stored"
+
+
+def test_a_prompt_beyond_the_rehearsed_room_is_refused(tiny_text_model: Any) -> None:
+    model = model_of(tiny_text_model("llama"))
     workload = Workload(45, 0, 8, batch=2)
-    engine = make_engine(model, bound_to(model, method), workload)
+    engine = make_engine(model, bound_to(model, "akvq_vl[recent=12,pivots=3]"), workload)
     assert isinstance(engine, StaticEngine)
-    stores: weakref.WeakSet[SideStore] = weakref.WeakSet()
-    alive: list[int] = []
-    begin = QuantizedLayer.lazy_initialization
+    generated(engine, model, workload, rows=2)
+    assert engine.packed_tokens_read > 0
+    keys, bits = torch.zeros(2, 2, 45, 16), torch.full((2, 45), 16, dtype=torch.int8)
+    keys = keys.to(DEVICE)
+    engine.cache.fill(slice(0, 2), 1, keys, keys, bits.to(DEVICE))  # all tokens are pivots
+    with pytest.raises(UserError, match="more tokens of a precision"):
+        _ = engine.packed_tokens_read
 
-    def counted(layer: QuantizedLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
-        alive.append(len(stores))
-        begin(layer, keys, values)
-        stores.update((layer.key_store, layer.value_store))
 
-    monkeypatch.setattr(QuantizedLayer, "lazy_initialization", counted)
-    engine.prefill(0, next(micro_batches(model, workload, 2, seed=0)))
-    assert alive == [0, 0, 0, 0]
-    assert len(stores) == 0
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["fp16", "akvq_vl", "kivi", "rtn_int2_wht"])
+def test_prompts_and_steps_never_wait_for_the_device(method: str, tiny_text_model: Any) -> None:
+    model = model_of(tiny_text_model("llama", head_dim=64)).half()
+    workload = Workload(300, 0, 8, batch=4)
+    engine = make_engine(model, bound_to(model, method), workload)
+    prompts = next(micro_batches(model, workload, 4, seed=0))
+    engine.prefill(0, prompts)  # copies constants to the device
+    engine.forget()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.prefill(0, prompts)
+        engine.decode()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
