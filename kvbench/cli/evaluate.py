@@ -60,6 +60,10 @@ def evaluate(
     calibration_samples: Annotated[
         int, typer.Option(help="Samples to calibrate with where no folder is given.")
     ] = 32,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Answer nothing; say how long, from the samples in --out."),
+    ] = False,
 ) -> None:
     """Answer the tasks with every method and print accuracy, bits and bytes side by side."""
     from kvbench.evaluation import choices
@@ -85,7 +89,23 @@ def evaluate(
         calibration=calibration,
         calibration_samples=calibration_samples,
     )
-    _run(request)
+    if estimate:
+        _estimate(request)
+    else:
+        _run(request)
+
+
+def _estimate(request: EvalRequest) -> None:
+    from kvbench.evaluation.estimate import estimate_text, estimates
+    from kvbench.evaluation.samples import read_cell
+    from kvbench.evaluation.store import SAMPLES, read_rows
+
+    rows = read_rows(request.out / SAMPLES)
+    cells = {
+        name: read_cell(name, request.data_root, request.limit, request.seed)
+        for name in request.tasks
+    }
+    typer.echo(estimate_text(estimates(request, cells, rows), request.workers or 1))
 
 
 def _run(request: EvalRequest) -> None:
