@@ -128,7 +128,8 @@ def _device(module: nn.Module, hidden: Tensor) -> torch.device | str | int:
 
 
 def _observed(kwargs: dict[str, Any]) -> Observed | None:
-    cache = kwargs.get("past_key_values")
+    # transformers 5.24 calls `past_key_values` `cache`; models outside it keep the older name.
+    cache = kwargs.get("past_key_values", kwargs.get("cache"))
     return getattr(cache, "observed", None)
 
 

@@ -7,11 +7,11 @@ come with its end, so what a dead worker had answered is answered again and coun
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import kvbench
 from kvbench.errors import UserError
@@ -137,7 +137,7 @@ def _take(outcome: Outcome, store: Store, progress: Progress, said: set[str]) ->
 
 def outcomes(
     executor: Executor, setup: Setup, tasks: Sequence[Task], progress: Progress
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """What comes of each task, once a task, in the order in which they end.
 
     Raises:
@@ -179,7 +179,8 @@ class _Crew:
                 post.task = self._queue.popleft()
                 self._pending[post.handle.submit(post.task)] = post
             working = any(post.task for post in self._pending.values())
-            done = wait(self._pending, None if working else START_SECONDS, FIRST_COMPLETED).done
+            futures: Iterable[Future[Any]] = self._pending
+            done = wait(futures, None if working else START_SECONDS, FIRST_COMPLETED).done
             if not done:
                 raise UserError(
                     f"no worker has started within {START_SECONDS:.0f} s: see that the machines "

@@ -62,7 +62,7 @@ class RayExecutor:
 
     def start(self, setup: Setup, place: int) -> RayWorker:
         """Start an actor; Ray chooses where."""
-        actor = ray.remote(Worker).options(  # type: ignore[attr-defined]
+        actor = ray.remote(Worker).options(
             num_cpus=1,
             num_gpus=self._gpus,
             max_restarts=0,

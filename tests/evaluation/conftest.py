@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -117,18 +118,21 @@ class Killer(Listener):
     def __init__(self, mark: str, after: int) -> None:
         super().__init__()
         self._mark, self._after, self.killed = mark, after, 0
+        self.family: list[psutil.Process] = []
+        """All processes that this one had started when it killed."""
 
     def advance(self) -> None:
         super().advance()
         if self.advanced == self._after:
+            self.family = psutil.Process().children(recursive=True)
             victim = max(self.workers(), key=lambda process: sum(process.cpu_times()[:2]))
             os.kill(victim.pid, signal.SIGKILL)
             self.killed = victim.pid
 
     def workers(self) -> list[psutil.Process]:
-        """The workers that run."""
+        """The workers that ran then."""
         found = []
-        for process in psutil.Process().children(recursive=True):
+        for process in self.family:
             with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 if self._mark in " ".join(process.cmdline()):
                     found.append(process)
@@ -139,6 +143,28 @@ class Killer(Listener):
 def killer() -> type[Killer]:
     """A listener that kills a worker: `killer(mark in its command line, after so many rows)`."""
     return Killer
+
+
+@pytest.fixture
+def still_running() -> Callable[[list[psutil.Process]], list[psutil.Process]]:
+    """Which of some processes have not ended within 20 s; they are killed."""
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE  # nobody may be there to collect it
+        except psutil.NoSuchProcess:
+            return False
+
+    def find(processes: list[psutil.Process]) -> list[psutil.Process]:
+        deadline = time.monotonic() + 20
+        while any(map(runs, processes)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left = [process for process in processes if runs(process)]
+        for process in left:
+            process.kill()
+        return left
+
+    return find
 
 
 @pytest.fixture

@@ -284,6 +284,25 @@ def test_layers_on_two_devices(
         assert one.divergences == pytest.approx(other.divergences, abs=1e-9)
 
 
+class Recorded(dict[int, Tensor]):
+    """Remembers where what was put into it was."""
+
+    def __init__(self) -> None:
+        self.devices: dict[int, torch.device] = {}
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        self.devices[index] = value.device
+        super().__setitem__(index, value)
+
+
+def test_residual_streams_follow_their_layers(plain: LoadedModel) -> None:
+    with spread(plain.model, places(plain)):
+        cache = bind(plain.model, "akvq_vl[pivot_layers=all]").new_cache()
+        cache.observed.residual = recorded = Recorded()
+        answer(plain.model, prompts(plain), cache, Generation(1))
+    assert recorded.devices == {0: FIRST, 1: SECOND, 2: SECOND}
+
+
 def test_statistics_of_layers_on_two_devices(plain: LoadedModel, calibration: Calibration) -> None:
     with spread(plain.model, places(plain)):
         found = calibrate(plain)
