@@ -119,24 +119,22 @@ class Killer(Listener):
         super().__init__()
         self._mark, self._after, self.killed = mark, after, 0
         self.family: list[psutil.Process] = []
-        """All processes that this one had started when it killed."""
+        """All processes that this one had started when it killed, and the workers among them."""
+        self.workers: list[psutil.Process] = []
 
     def advance(self) -> None:
         super().advance()
         if self.advanced == self._after:
             self.family = psutil.Process().children(recursive=True)
-            victim = max(self.workers(), key=lambda process: sum(process.cpu_times()[:2]))
+            self.workers = list(filter(self._is_worker, self.family))
+            victim = max(self.workers, key=lambda process: sum(process.cpu_times()[:2]))
             os.kill(victim.pid, signal.SIGKILL)
             self.killed = victim.pid
 
-    def workers(self) -> list[psutil.Process]:
-        """The workers that ran then."""
-        found = []
-        for process in self.family:
-            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if self._mark in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+    def _is_worker(self, process: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            return self._mark in " ".join(process.cmdline())
+        return False
 
 
 @pytest.fixture
