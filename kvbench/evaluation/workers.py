@@ -175,9 +175,7 @@ class _Crew:
             self._start(place)
         while self._queue or any(post.task for post in self._pending.values()):
             while self._queue and self._idle:
-                post = self._idle.pop(0)
-                post.task = self._queue.popleft()
-                self._pending[post.handle.submit(post.task)] = post
+                self._give(self._idle.pop(0), self._queue.popleft())
             working = any(post.task for post in self._pending.values())
             futures: Iterable[Future[Any]] = self._pending
             done = wait(futures, None if working else START_SECONDS, FIRST_COMPLETED).done
@@ -196,6 +194,15 @@ class _Crew:
     def _start(self, place: int) -> None:
         handle = self._executor.start(self._setup, place)
         self._pending[handle.ready] = _Post(place, handle)
+
+    def _give(self, post: _Post, task: Task) -> None:
+        post.task = task
+        try:
+            future = post.handle.submit(task)
+        except self._executor.lost as error:  # it died while it waited
+            future = Future()
+            future.set_exception(error)
+        self._pending[future] = post
 
     def _settle(self, post: _Post, future: Future[Outcome] | Future[str]) -> Iterator[Outcome]:
         """A worker has started, has ended its task, or is dead."""
