@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvbench.kernels.launch import use_triton
+from kvbench.kernels.launch import use_triton, where_it_is
 from kvbench.kernels.states import PackedStates, Span, States, taken
 
 MAX_HEADS = 16
@@ -46,7 +46,8 @@ def decode_attention(
     from kvbench.kernels.attention_launch import Question, decode
 
     question = Question(query, scaling, softcap, window, columns)
-    decode(question, spans, out, splits or _splits(query, spans))
+    with where_it_is(query):
+        decode(question, spans, out, splits or _splits(query, spans))
     return out
 
 

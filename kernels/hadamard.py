@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvbench.kernels.launch import use_triton
+from kvbench.kernels.launch import use_triton, where_it_is
 
 SIZES = range(16, 513)
 """Sizes of the last dimension that a kernel takes."""
@@ -21,7 +21,8 @@ def hadamard(x: Tensor, scale: float, signs: Tensor | None = None) -> Tensor:
     if use_triton(x) and x.shape[-1] in SIZES and x.dtype != torch.float64:
         from kvbench.kernels.hadamard_triton import hadamard as kernel
 
-        return kernel(x, scale, signs)
+        with where_it_is(x):
+            return kernel(x, scale, signs)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if signs is None:
         signs = sylvester(x.shape[-1], x.device)

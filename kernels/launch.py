@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 
 def use_triton(x: Tensor) -> bool:
     """Whether Triton kernels can work on a tensor."""
     return x.is_cuda and _has_triton()
+
+
+def where_it_is(x: Tensor) -> AbstractContextManager[None]:
+    """Launch on a CUDA tensor's own device: Triton takes the current one, which may be another."""
+    return torch.cuda.device(x.device)
 
 
 def why_not(x: Tensor) -> str | None:

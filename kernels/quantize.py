@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvbench.kernels.hadamard import hadamard
-from kvbench.kernels.launch import use_triton
+from kvbench.kernels.launch import use_triton, where_it_is
 from kvbench.kernels.packing import pack, unpack
 from kvbench.kernels.rounding import Rounding
 from kvbench.kernels.states import PackedStates
@@ -38,8 +38,8 @@ def quantize_into(
 
         if rotate and not rotates(x, rounding):
             x, rotate = rotated(x), False
-        kernel(x, rounding, out, counts, sources, destinations, rotate)
-        return
+        with where_it_is(x):
+            return kernel(x, rounding, out, counts, sources, destinations, rotate)
     if rotate:
         x = rotated(x)
     places = [None if p is None else p.tolist() for p in (counts, sources, destinations)]
@@ -62,7 +62,8 @@ def dequantize(packed: PackedStates, dtype: torch.dtype) -> Tensor:
     if use_triton(packed.codes) and packed.scale.dtype == torch.float16 and dtype.itemsize < 8:
         from kvbench.kernels.dequantize_triton import dequantize as kernel
 
-        return kernel(packed, dtype)
+        with where_it_is(packed.codes):
+            return kernel(packed, dtype)
     rounding = Rounding(packed.bits, packed.group, packed.along, packed.zero_kind)
     codes = unpack(packed.codes, packed.bits)
     meta = [packed.scale] if packed.zero is None else [packed.scale, packed.zero]

@@ -111,7 +111,7 @@ def _statistics(
     from kvbench.cache import load_calibration
 
     if request.calibration is not None:
-        return load_calibration(calibration_file(request.calibration, loaded))
+        return load_calibration(calibration_file(request.calibration, loaded.entry))
     progress.note(f"calibrating {loaded.entry.name} for {', '.join(needing)}")
     return statistics_of(loaded, request.samples, request.seed)
 
@@ -150,7 +150,7 @@ def _summary(
         "label": entry.label,
         "revision": loaded.revision,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": loaded.model.device.type,
+        "device": loaded.device.type,
         "text_salient_layers": found,
         "zoo_text_salient_layers": entry.tsa_layers,
         "sure": all(pattern.sure for pattern in patterns[: len(found) + 1]),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -138,7 +139,7 @@ def calibrate_statistics(
     if not count:
         raise UserError("calibration needs at least one prompt.")
     statistics = {
-        name: torch.stack([layer.extremes[name] for layer in cache.layers]).cpu()
+        name: torch.stack([layer.extremes[name].cpu() for layer in cache.layers])
         for name in STATISTICS
         if name != "output_weight_absmax"
     }
@@ -150,7 +151,8 @@ def _output_weights(model: nn.Module, specs: list[LayerSpec]) -> Tensor:
     """(layers, H, D): largest |W_O| over rows and over the query heads that share a value head."""
     rows = []
     for layer, spec in zip(decoder_stack(model).layers, specs, strict=True):
-        weight = layer.self_attn.o_proj.weight.detach().float().abs().amax(0)
+        with align_module_device(layer.self_attn.o_proj):  # the weight may be in main memory
+            weight = layer.self_attn.o_proj.weight.detach().float().abs().amax(0)
         rows.append(weight.view(spec.num_kv_heads, -1, spec.head_dim).amax(1).cpu())
     return torch.stack(rows)
 

@@ -110,7 +110,7 @@ class _Hooks:
             observed = _observed(kwargs)
             if observed is not None and observed.needs.residual and observed.first:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                observed.residual[index] = hidden
+                observed.residual[index] = hidden.to(_device(module, hidden))
 
         return hook
 
@@ -119,6 +119,12 @@ class _Hooks:
             ids = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
             if ids is not None:
                 self._active.rotary.append(module, ids)
+
+
+def _device(module: nn.Module, hidden: Tensor) -> torch.device | str | int:
+    """Where a layer computes: accelerate moves its inputs there after this has seen them."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return hidden.device if device is None else device
 
 
 def _observed(kwargs: dict[str, Any]) -> Observed | None:

@@ -72,9 +72,13 @@ class RotaryPositions:
                 "kvbench.quantized_cache(model, ...) so that the model is observed."
             )
         rows = slots.shape[0]
-        index = slots.clamp_min(0).long()[None].expand(self.ids.shape[0], -1, -1)
+        # The ids and the module may be on another device than this layer's keys.
+        index = slots.to(self.ids.device).clamp_min(0).long()[None]
+        index = index.expand(self.ids.shape[0], -1, -1)
         ids = self.ids.expand(-1, rows, -1).gather(2, index).long()
-        cos, sin = self.module.forward(keys.float(), ids if ids.shape[0] > 1 else ids[0])
+        like = torch.empty(0, dtype=torch.float32, device=ids.device)
+        cos, sin = self.module.forward(like, ids if ids.shape[0] > 1 else ids[0])
+        cos, sin = cos.to(keys.device), sin.to(keys.device)
         if cos.dim() == 4:
             cos, sin = self._merged(cos), self._merged(sin)
         wide = torch.promote_types(keys.dtype, torch.float32)

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbench.cli.options import (
+    Address,
     Batch,
     DataRoot,
     Device,
     Dtype,
+    Executor,
+    GpusPerWorker,
     Limit,
     MaxNewTokens,
     Models,
@@ -54,7 +57,10 @@ def ablate(
     max_new_tokens: MaxNewTokens = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    workers: Workers = 1,
+    workers: Workers = None,
+    executor: Executor = "local",
+    address: Address = None,
+    gpus_per_worker: GpusPerWorker = None,
     calibration: Statistics = None,
 ) -> None:
     """Answer the tasks along sweeps over a method's fields; tables and plots with intervals."""
@@ -77,6 +83,9 @@ def ablate(
         device=device,
         dtype=dtype,
         workers=workers,
+        executor=executor,
+        address=address,
+        gpus_per_worker=gpus_per_worker,
         calibration=calibration,
     )
     _run(sweeps, request, tasks is not None)

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbench.cli.options import (
+    Address,
     Batch,
     DataRoot,
     Device,
     Dtype,
+    Executor,
+    GpusPerWorker,
     Limit,
     MaxNewTokens,
     Methods,
@@ -49,11 +52,18 @@ def evaluate(
     max_new_tokens: MaxNewTokens = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    workers: Workers = 1,
+    workers: Workers = None,
+    executor: Executor = "local",
+    address: Address = None,
+    gpus_per_worker: GpusPerWorker = None,
     calibration: Statistics = None,
     calibration_samples: Annotated[
         int, typer.Option(help="Samples to calibrate with where no folder is given.")
     ] = 32,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Answer nothing; say how long, from the samples in --out."),
+    ] = False,
 ) -> None:
     """Answer the tasks with every method and print accuracy, bits and bytes side by side."""
     from kvbench.evaluation import choices
@@ -73,10 +83,29 @@ def evaluate(
         device=device,
         dtype=dtype,
         workers=workers,
+        executor=executor,
+        address=address,
+        gpus_per_worker=gpus_per_worker,
         calibration=calibration,
         calibration_samples=calibration_samples,
     )
-    _run(request)
+    if estimate:
+        _estimate(request)
+    else:
+        _run(request)
+
+
+def _estimate(request: EvalRequest) -> None:
+    from kvbench.evaluation.estimate import estimate_text, estimates
+    from kvbench.evaluation.samples import read_cell
+    from kvbench.evaluation.store import SAMPLES, read_rows
+
+    rows = read_rows(request.out / SAMPLES)
+    cells = {
+        name: read_cell(name, request.data_root, request.limit, request.seed)
+        for name in request.tasks
+    }
+    typer.echo(estimate_text(estimates(request, cells, rows), request.workers or 1))
 
 
 def _run(request: EvalRequest) -> None:

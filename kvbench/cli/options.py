@@ -22,7 +22,12 @@ DataRoot = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Which samples are taken where not all are.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda, cuda:N, or auto-map: a model's layers spread over all GPUs."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Limit = Annotated[int | None, typer.Option(help="At most so many samples a task.")]
 Batch = Annotated[int, typer.Option(help="Samples generated together.")]
@@ -30,5 +35,18 @@ MaxNewTokens = Annotated[
     int | None,
     typer.Option(help="Longest answer; 512 for MileBench, 16 for generated data if not given."),
 ]
-Workers = Annotated[int, typer.Option(help="Processes that share the work.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes that share the work, each with a GPU if there are several."),
+]
+Executor = Annotated[str, typer.Option(help="local: this machine; ray: a Ray cluster (extra ray).")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="With --executor ray, the cluster's; RAY_ADDRESS if not given, else a new one here."
+    ),
+]
+GpusPerWorker = Annotated[
+    int | None, typer.Option(help="GPUs of each worker; 1 if not given, more with auto-map.")
+]
 Statistics = Annotated[Path | None, typer.Option(help="Folder that kvbench calibrate wrote.")]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvbench.evaluation.progress import Progress
     from kvbench.evaluation.request import CalibrationRequest
     from kvbench.models.load import LoadedModel
+    from kvbench.models.zoo import ModelEntry
 
 SPLIT_SEED = 9000
 """minimile's calibration split: the generator's set of this seed, which no task scores."""
@@ -31,16 +32,16 @@ def calibrate(request: CalibrationRequest, progress: Progress) -> Iterator[Path]
     for entry in request.models:
         loaded = load(entry, request.device, request.dtype)
         progress.note(f"calibrating {entry.name} on {request.samples} samples")
-        path = calibration_file(request.out, loaded)
+        path = calibration_file(request.out, entry)
         save_calibration(
             statistics_of(loaded, request.samples, request.seed, request.data_root), path
         )
         yield path
 
 
-def calibration_file(folder: Path, loaded: LoadedModel) -> Path:
+def calibration_file(folder: Path, entry: ModelEntry) -> Path:
     """Where a model's statistics lie in a calibration folder."""
-    return folder / f"{loaded.entry.name}.safetensors"
+    return folder / f"{entry.name}.safetensors"
 
 
 def statistics_of(

@@ -299,6 +299,9 @@ def _stop_ids(model: Any) -> list[int]:
 
 
 def _now(model: Any) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    """The clock, once every device that the model is on has done its work."""
+    places = getattr(model, "hf_device_map", {"": model.device}).values()
+    for device in {torch.device(place) for place in places}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvbench.models import AUTO_MAP
+
 if TYPE_CHECKING:
     from kvbench.models.load import LoadedModel
     from kvbench.models.zoo import ModelEntry
+
+
+def wants_gpus(device: str) -> bool:
+    """Whether a run takes GPUs as it finds them; "cuda:1" is one that the user chose."""
+    return device in ("auto", "cuda", AUTO_MAP)
 
 
 def load(entry: ModelEntry, device: str, dtype: str) -> LoadedModel:

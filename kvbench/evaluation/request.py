@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from kvbench.models.zoo import ModelEntry
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+EXECUTORS = ("local", "ray")
+_DEVICE = re.compile(r"auto|auto-map|cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,14 @@ class EvalRequest:
         batch: Samples generated together.
         max_new_tokens: Longest answer in tokens; None is 512 for MileBench, as officially, and 16
             for generated data, whose answers are a few words.
-        device: "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N".
+        device: "auto" (CUDA if there is any), "cpu", "cuda", "cuda:N" or "auto-map" (the layers of
+            a model spread over all GPUs, and main memory if they are full).
         dtype: Type of weights and activations; "auto" is the model entry's own.
-        workers: Processes that share the work.
+        workers: Processes that share the work; None is one, or with Ray one for each GPU.
+        executor: "local" (this machine) or "ray" (a cluster).
+        address: Of the Ray cluster; None starts one of this machine.
+        gpus_per_worker: GPUs of each worker, where there are any; None is one, or with "auto-map"
+            a worker's even share of this machine's.
         calibration: Folder written by `kvbench calibrate`; None calibrates where a method needs it.
         calibration_samples: How many samples to calibrate with, from a split that no task scores.
 
@@ -56,7 +62,10 @@ class EvalRequest:
     max_new_tokens: int | None = None
     device: str = "auto"
     dtype: str = "auto"
-    workers: int = 1
+    workers: int | None = None
+    executor: str = "local"
+    address: str | None = None
+    gpus_per_worker: int | None = None
     calibration: Path | None = None
     calibration_samples: int = 32
 
@@ -70,14 +79,22 @@ class EvalRequest:
             ("seed", 0),
             ("batch", 1),
             ("workers", 1),
+            ("gpus_per_worker", 1),
             ("calibration_samples", 1),
         ):
             at_least(name, getattr(self, name), smallest)
         if self.max_new_tokens is not None:
             at_least("max_new_tokens", self.max_new_tokens, 1)
         check_hardware(self.device, self.dtype)
+        check_executor(self.executor, self.address)
         check_folders(self.out, self.data_root)
         existing_folder("calibration folder", self.calibration)
+
+    @property
+    def in_workers(self) -> bool:
+        """Whether other processes do the work, instead of this one."""
+        shared = self.executor != "local" or self.gpus_per_worker is not None
+        return shared or (self.workers or 1) > 1
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,21 @@ def check_hardware(device: str, dtype: str) -> None:
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: {suggestion(dtype, DTYPES, 'use one of')}")
     if not _DEVICE.fullmatch(device):
-        raise UserError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N")
+        raise UserError(f"unknown device {device!r}: use auto, auto-map, cpu, cuda or cuda:N")
+
+
+def check_executor(executor: str, address: str | None) -> None:
+    """Refuse executors that there aren't, and an address that nothing would use.
+
+    Raises:
+        UserError: One of the two.
+    """
+    if executor not in EXECUTORS:
+        raise UserError(
+            f"unknown executor {executor!r}: {suggestion(executor, EXECUTORS, 'use one of')}"
+        )
+    if address is not None and executor != "ray":
+        raise UserError("--address is of a Ray cluster: add --executor ray, or leave it out")
 
 
 def check_folders(out: Path, data_root: Path | None) -> None:

@@ -35,7 +35,7 @@ def evaluate(request: EvalRequest, progress: Progress) -> None:
         samples = sum(planned.values()) * len(request.models)
         total = samples * len(request.methods) * len(request.protocols)
         progress.begin(total, 0)
-        if request.workers > 1:
+        if request.in_workers:
             from kvbench.evaluation.workers import run_jobs
 
             run_jobs(request, jobs, store, progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,10 +16,13 @@ from kvbench.evaluation.runner import BatchRunner, PreparedMethod, Sink
 from kvbench.evaluation.samples import Cell, ask, read_cell
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kvbench.cache import Calibration
     from kvbench.evaluation.choices import MethodChoice
     from kvbench.models.load import LoadedModel
     from kvbench.models.vision import FeatureMemo
+    from kvbench.models.zoo import ModelEntry
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,16 @@ class Session:
                 session.run(job)
     """
 
-    def __init__(self, request: EvalRequest, sink: Sink, progress: Progress) -> None:
-        """Nothing is loaded yet."""
+    def __init__(
+        self,
+        request: EvalRequest,
+        sink: Sink,
+        progress: Progress,
+        statistics: Mapping[str, Calibration] | None = None,
+    ) -> None:
+        """Nothing is loaded yet; `statistics` by model's name stand in for the folder's."""
         self.request, self._sink, self._progress = request, sink, progress
+        self._statistics = statistics or {}
         self._ready: _Ready | None = None
         self._contexts = ExitStack()
         self._cells: dict[str, Cell] = {}
@@ -115,6 +125,16 @@ class Session:
         runner.run([ask(ready.loaded, cell.task, sample) for sample in samples])
         ready.vision.forget()
 
+    def calibrate(self, model: int) -> Calibration:
+        """Gather the statistics of one model of the request; nothing is written.
+
+        Raises:
+            UserError: the model or the data can't be used.
+        """
+        self.close()
+        request = self.request
+        return _gather(load(request.models[model], request.device, request.dtype), request)
+
     def _announce(self, label: str) -> None:
         """Name the cell of the grid when it begins."""
         if label != self._label:
@@ -131,7 +151,8 @@ class Session:
         from kvbench.models.vision import shared_vision
 
         loaded = load(self.request.models[index], self.request.device, self.request.dtype)
-        statistics = calibration(loaded, self.request, self._progress)
+        given = self._statistics.get(loaded.entry.name)
+        statistics = calibration(loaded, self.request, self._progress, given)
         # The 16-bit cache answers first: the others are measured against its answer.
         methods = sorted(
             self._methods(loaded, statistics), key=lambda method: not method.is_reference
@@ -154,28 +175,28 @@ class Session:
 
 
 def calibration(
-    loaded: LoadedModel, request: EvalRequest, progress: Progress
+    loaded: LoadedModel,
+    request: EvalRequest,
+    progress: Progress,
+    given: Calibration | None = None,
 ) -> Calibration | None:
     """Statistics from the folder the user gave, else made once on data that no task scores.
+
+    `given` are those of `calibration_path`, read already.
 
     Raises:
         UserError: they belong to another revision of the model, or can't be read.
     """
-    needing = calibrated_methods(request)
-    if not needing:
+    if not calibrated_methods(request):
         return None
     from kvbench.cache import load_calibration, save_calibration
 
-    path = calibration_file(request.calibration or request.out / "calibration", loaded)
-    if request.calibration is None and not path.exists():
-        progress.note(
-            f"calibrating {loaded.entry.name} for {', '.join(needing)} on "
-            f"{request.calibration_samples} samples of minimile's calibration split, "
-            "which no task scores"
-        )
+    path = calibration_path(request, loaded.entry)
+    if given is None and request.calibration is None and not path.exists():
+        progress.note(calibration_note(request, loaded.entry))
         # Kept beside the rows: a run that goes on must store the same codes.
-        save_calibration(statistics_of(loaded, request.calibration_samples, request.seed), path)
-    statistics = load_calibration(path)
+        save_calibration(_gather(loaded, request), path)
+    statistics = given or load_calibration(path)
     made_for = statistics.manifest.get("revision")
     if made_for != loaded.revision:
         raise UserError(
@@ -183,6 +204,24 @@ def calibration(
             f"{loaded.revision}; calibrate again or use another folder."
         )
     return statistics
+
+
+def calibration_path(request: EvalRequest, entry: ModelEntry) -> Path:
+    """Where a model's statistics lie: in the folder the user gave, else beside the rows."""
+    return calibration_file(request.calibration or request.out / "calibration", entry)
+
+
+def calibration_note(request: EvalRequest, entry: ModelEntry) -> str:
+    """What is said before statistics are gathered."""
+    return (
+        f"calibrating {entry.name} for {', '.join(calibrated_methods(request))} on "
+        f"{request.calibration_samples} samples of minimile's calibration split, "
+        "which no task scores"
+    )
+
+
+def _gather(loaded: LoadedModel, request: EvalRequest) -> Calibration:
+    return statistics_of(loaded, request.calibration_samples, request.seed)
 
 
 def calibrated_methods(request: EvalRequest) -> list[str]:

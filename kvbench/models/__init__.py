@@ -3,3 +3,6 @@
 Only `kvbench.models.zoo`, `find` and `prompts` are free of torch; import the others where they
 are used.
 """
+
+AUTO_MAP = "auto-map"
+"""The device of a model whose layers are spread over all GPUs, and main memory if they're full."""

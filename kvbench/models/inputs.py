@@ -93,7 +93,7 @@ def encode(
     if loaded.entry.family == "qwen2_vl":
         tensors["mm_token_type_ids"] = is_vision.int()
     inputs = ModelInputs(input_ids, torch.ones_like(input_ids), is_vision, (len(ids),), tensors)
-    return inputs.to(loaded.model.device, loaded.model.dtype)
+    return inputs.to(loaded.device, loaded.model.dtype)
 
 
 def batch(inputs: Sequence[ModelInputs], pad_id: int) -> ModelInputs:

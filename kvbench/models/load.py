@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kvbench.errors import UserError
+from kvbench.models import AUTO_MAP
 from kvbench.models.folders import checkpoint_folder, fingerprint
 from kvbench.models.prompts import CHECKPOINT, STYLES, PromptStyle, checkpoint_style
 from kvbench.models.tokens import TextTokens
@@ -74,6 +75,14 @@ class LoadedModel:
         return TextTokens(self.tokenizer)
 
     @property
+    def device(self) -> torch.device:
+        """Where inputs go: the embeddings' device, which is not every layer's with `auto-map`."""
+        embeddings = self.model.get_input_embeddings()
+        hook = getattr(embeddings, "_hf_hook", None)  # of accelerate: weights may be elsewhere
+        device = getattr(hook, "execution_device", None)
+        return embeddings.weight.device if device is None else torch.device(device)
+
+    @property
     def image_processor(self) -> Any:
         """The image processor, or None for a model without vision."""
         return getattr(self.processor, "image_processor", None)
@@ -129,7 +138,8 @@ def load_model(
 
     Args:
         entry: What to load.
-        device: `cpu`, `cuda`, `cuda:1`, ...
+        device: `cpu`, `cuda`, `cuda:1`, ... or `auto-map`: the layers of a checkpoint are spread
+            over all GPUs, and main memory if they are full, as accelerate does it.
         dtype: Weights' type, the entry's if None.
 
     Raises:
@@ -137,18 +147,20 @@ def load_model(
             architecture, the device is not there, or the type is unknown.
     """
     kind = _dtype(dtype or entry.dtype)
-    _check_device(device)
     if entry.folder is None and entry.loader is not None:
         return _load_bundled(entry, device, kind)
     folder = checkpoint_folder(entry)
     processor = _processor(folder, entry)
-    model = _weights(folder, entry, kind).to(device).eval()
+    model = _weights(folder, entry, kind, device).eval()
     if entry.family == "llava_next":
         allow_single_tiles(model)
     return LoadedModel(model, processor, entry, fingerprint(folder), folder)
 
 
 def _load_bundled(entry: ModelEntry, device: str, dtype: torch.dtype) -> LoadedModel:
+    if device == AUTO_MAP:  # small enough for one
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
     module_name, _, function = str(entry.loader).partition(":")
     module = importlib.import_module(module_name)
     model, processor, revision = getattr(module, function)(device, dtype)
@@ -217,13 +229,23 @@ def _processor_template(folder: Path) -> str | None:
         raise UserError(f"{path} holds no chat template: download it again") from None
 
 
-def _weights(folder: Path, entry: ModelEntry, dtype: torch.dtype) -> Any:
+def _device_map(device: str) -> dict[str, str] | str:
+    """What transformers is told of where to put which layer."""
+    if device == AUTO_MAP:
+        return "auto"
+    _check_device(device)
+    return {"": device}
+
+
+def _weights(folder: Path, entry: ModelEntry, dtype: torch.dtype, device: str) -> Any:
     import transformers
 
+    places = _device_map(device)
     try:
         model, report = getattr(transformers, _CLASSES[entry.family]).from_pretrained(
             folder,
             dtype=dtype,
+            device_map=places,
             attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
@@ -237,5 +259,10 @@ def _weights(folder: Path, entry: ModelEntry, dtype: torch.dtype) -> Any:
         raise UserError(
             f"the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}:"
             " download the checkpoint again"
+        )
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise UserError(
+            f"the model in {folder} is larger than all GPUs and main memory together: use a smaller"
+            " dtype, or a larger machine"
         )
     return model

@@ -84,6 +84,14 @@ def test_options_arrive(invoke: Invoke, recorder: Recorder, tmp_path: Path) -> N
     assert (request.calibration, request.calibration_samples) == (tmp_path, 7)
 
 
+def test_options_of_workers_arrive(invoke: Invoke, recorder: Recorder) -> None:
+    words = "--executor ray --address head:6379 --workers 3 --gpus-per-worker 2 --device auto-map"
+    invoke("eval", "--methods", "fp16", *words.split())
+    request = asked(recorder)
+    assert (request.executor, request.address) == ("ray", "head:6379")
+    assert (request.workers, request.gpus_per_worker, request.device) == (3, 2, "auto-map")
+
+
 def test_data_root_from_the_environment(invoke: Invoke, recorder: Recorder, tmp_path: Path) -> None:
     invoke("eval", "--methods", "fp16", KVBENCH_DATA=str(tmp_path))
     assert asked(recorder).data_root == tmp_path

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kvbench.evaluation.progress import Silent
@@ -101,6 +107,82 @@ class Listener(Silent):
 def listener() -> Listener:
     """A listener with `total`, `advanced`, `cells` and `notes`."""
     return Listener()
+
+
+class Killer(Listener):
+    """Kills a worker once so many samples have their rows.
+
+    A worker is a process that was started by this one, however indirectly, and says so.
+    """
+
+    def __init__(self, mark: str, after: int) -> None:
+        super().__init__()
+        self._mark, self._after, self.killed = mark, after, 0
+        self.family: list[psutil.Process] = []
+        """All processes that this one had started when it killed, and the workers among them."""
+        self.workers: list[psutil.Process] = []
+
+    def advance(self) -> None:
+        super().advance()
+        if self.advanced == self._after:
+            self.family = psutil.Process().children(recursive=True)
+            self.workers = list(filter(self._is_worker, self.family))
+            victim = max(self.workers, key=lambda process: sum(process.cpu_times()[:2]))
+            os.kill(victim.pid, signal.SIGKILL)
+            self.killed = victim.pid
+
+    def _is_worker(self, process: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            return self._mark in " ".join(process.cmdline())
+        return False
+
+
+@pytest.fixture
+def killer() -> type[Killer]:
+    """A listener that kills a worker: `killer(mark in its command line, after so many rows)`."""
+    return Killer
+
+
+@pytest.fixture
+def still_running() -> Callable[[list[psutil.Process]], list[psutil.Process]]:
+    """Which of some processes have not ended within 20 s; they are killed."""
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE  # nobody may be there to collect it
+        except psutil.NoSuchProcess:
+            return False
+
+    def find(processes: list[psutil.Process]) -> list[psutil.Process]:
+        deadline = time.monotonic() + 20
+        while any(map(runs, processes)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left = [process for process in processes if runs(process)]
+        for process in left:
+            process.kill()
+        return left
+
+    return find
+
+
+@pytest.fixture
+def same_results() -> Callable[[Path, Path], None]:
+    """Checks that two folders have the same rows, but for the time they took, and tables."""
+    from kvbench.evaluation.store import SAMPLES
+    from kvbench.report import write_report
+
+    def check(one: Path, other: Path) -> None:
+        rows, tables = [], []
+        for folder in (one, other):
+            lines = (folder / SAMPLES).read_text().splitlines()
+            untimed = [json.loads(line) | {"seconds": None} for line in lines]
+            rows.append({row["key"]: row for row in untimed})
+            assert len(rows[-1]) == len(lines)  # each row once
+            tables.append({path.name: path.read_text() for path in write_report(folder)})
+        assert rows[0] == rows[1]
+        assert tables[0] == tables[1]
+
+    return check
 
 
 @pytest.fixture(scope="session")
