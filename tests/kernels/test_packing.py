@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -20,7 +20,6 @@ def codes(draw: st.DrawFn) -> tuple[int, np.ndarray]:
     return bits, draw(hnp.arrays(np.uint8, (rows, 2, per_row), elements=elements))
 
 
-@settings(max_examples=100, deadline=None)
 @given(codes())
 def test_round_trip_and_size(case: tuple[int, np.ndarray]) -> None:
     bits, values = case
