@@ -121,6 +121,7 @@ class Lines(Generic[R]):
         self._rows: dict[str, R] = {}
         self._retry: set[str] = set()
         self._file = -1
+        self._size = 0
         self._synced = 0.0
         self._lock_path = self._path.with_suffix(".lock")
         self._lock = FileLock(self._lock_path, timeout=0, thread_local=False)
@@ -222,12 +223,14 @@ class Lines(Generic[R]):
         if size < len(content):
             warnings.warn(f"{self._path}: dropped a torn last line; it is made again", stacklevel=3)
             os.ftruncate(self._file, size)
+        self._size = size
         self._rows = self._kind.distinct(rows)
         self._retry = {key for key, row in self._rows.items() if not self._kind.is_final(row)}
 
     def _write(self, line: bytes) -> None:
-        size = os.fstat(self._file).st_size
         try:
+            if os.fstat(self._file).st_size > self._size:  # a torn row that couldn't be taken back
+                os.ftruncate(self._file, self._size)
             written = os.write(self._file, line)
             if written < len(line):
                 raise OSError(f"only {written} of {len(line)} bytes fitted")
@@ -237,12 +240,13 @@ class Lines(Generic[R]):
                 os.fsync(self._file)
                 self._synced = time.monotonic()
         except OSError as error:
-            with suppress(OSError):  # a torn line that stays is cut off at the next start
-                os.ftruncate(self._file, size)
+            with suppress(OSError):  # a torn row that stays is cut off before the next one
+                os.ftruncate(self._file, self._size)
             raise UserError(
                 f"can't write to {self._path} ({error.strerror or error}): the {len(self._rows)} "
                 f"{self._kind.what} before are safe; free space and start again to continue"
             ) from error
+        self._size += len(line)
 
 
 def _is_json(line: bytes) -> bool:
