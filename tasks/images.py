@@ -18,7 +18,7 @@ MAX_FILE_BYTES = 128 * 1024 * 1024
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
 MAX_RATIO = 200
-"""Longer side to shorter: a model makes the shorter one a few hundred pixels, or pads to a square."""
+"""Longer side to shorter: models make the shorter one hundreds of pixels, or pad to a square."""
 
 # What Pillow's decoders raise on damaged files, besides OSError.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)

@@ -148,9 +148,7 @@ def test_no_finite_number_becomes_nan_or_infinite(
 
 @pytest.mark.parametrize("zero", ["int", "float"])
 @given(halves, layouts, widths, st.floats(0.3, 1.0))
-def test_constants_are_exact(
-    zero: str, value: float, layout: str, bits: int, clip: float
-) -> None:
+def test_constants_are_exact(zero: str, value: float, layout: str, bits: int, clip: float) -> None:
     x = np.full(SHAPE, value, np.float32)
     assert np.array_equal(round_trip(codec(layout, bits, zero, clip=clip), x), x)
 

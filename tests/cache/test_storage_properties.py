@@ -100,7 +100,7 @@ class Row:
 
 def settings(draw: st.DrawFn) -> tuple[Side, list[int]]:
     """A side and the bits that its plan may give."""
-    block = draw(st.sampled_from([1, 1, 2, 3]))
+    block = draw(st.sampled_from([1, 1, 1, 2, 3]))
     if block > 1:
         size = block * draw(st.integers(1, 3))
         prompt_block = draw(st.none() | st.just(size))
@@ -112,7 +112,7 @@ def settings(draw: st.DrawFn) -> tuple[Side, list[int]]:
         flush_every=st.integers(1, 4),
         prompt=st.booleans(),
     )
-    window = draw(st.none() | sliding | st.builds(Residual, st.integers(1, 5)))
+    window = draw(sliding | sliding | sliding | st.builds(Residual, st.integers(1, 5)) | st.none())
     return Side({b: Stamp(b) for b in bits}, window=window), [*bits, EXACT]
 
 
@@ -186,7 +186,7 @@ class Pair:
         self._check_bytes()
 
     def _check_bytes(self) -> None:
-        """A row's bytes are those of its own tokens: a float a channel, and what tells of blocks."""
+        """A row's bytes are those of its own tokens: a float a channel, one more for each block."""
         slot = 4 if self.tracked else 0
         for index, row in enumerate(self.rows):
             size = 4 * HEADS * CHANNELS
@@ -213,9 +213,8 @@ def test_any_sequence_reads_as_plain_lists_do(data: st.DataObject) -> None:
             )
             if max(counts) == 0:
                 continue
-            bits = [
-                data.draw(st.lists(st.sampled_from(allowed), min_size=n, max_size=n)) for n in counts
-            ]
+            given = st.sampled_from(allowed)
+            bits = [data.draw(st.lists(given, min_size=n, max_size=n)) for n in counts]
             pair.append(counts, bits, tracks)
             if prompt or data.draw(st.booleans()):
                 pair.check()

@@ -1,4 +1,4 @@
-"""Answers a request in one process and prints the memory it holds after every sample, bytes.
+"""Answers a request in one process; OUT/resident.json: bytes of memory held after each sample.
 
 Run by test_soak.py, as: python soak.py MODEL_FOLDER DATA_ROOT OUT METHODS
 """
@@ -45,7 +45,7 @@ def main(model: str, data: str, out: str, methods: str) -> None:
         max_new_tokens=3,
     )
     evaluate(request, meter)
-    print(json.dumps(meter.resident))
+    (Path(out) / "resident.json").write_text(json.dumps(meter.resident))
 
 
 if __name__ == "__main__":
