@@ -211,6 +211,7 @@ def test_images(refused: Refused, data: Path, tmp_path: Path, damage: Any, part:
     complaint = refused(data_root=data)
     assert part in complaint
     assert path.name in complaint
+    assert "sample 1" in complaint
     rows = tmp_path / "run" / "samples.jsonl"
     found = read_rows(rows) if rows.exists() else []
     assert {row.sample_id for row in found} <= {0}  # what came before the broken sample is kept

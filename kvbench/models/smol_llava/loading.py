@@ -61,7 +61,9 @@ def assemble(base: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-    language = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    language = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
     tokenizer = architecture.build_tokenizer(base)
     config = architecture.llava_config(text_config(language.config), tokenizer.image_token_id)
     model: Any = LlavaForConditionalGeneration(config)
