@@ -18,6 +18,7 @@ from kvbench.cli import (
     efficiency,
     evaluate,
     listing,
+    perplexity,
     report,
 )
 from kvbench.cli.verbs import Verbs
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("eval")(evaluate.evaluate)
+app.command("perplexity")(perplexity.perplexity)
 app.command("efficiency")(efficiency.efficiency)
 app.command("analyze")(analyze.analyze)
 app.command("ablate")(ablate.ablate)

@@ -13,7 +13,9 @@ from kvbench.errors import UserError
 def report(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="Folder that kvbench eval or kvbench efficiency wrote."),
+        typer.Argument(
+            metavar="DIR", help="Folder of rows of kvbench eval, efficiency, perplexity."
+        ),
     ],
     html: Annotated[
         Path | None,
@@ -45,6 +47,8 @@ def show(directory: Path) -> None:
         print_summary(rows, run)
     if "table4.md" in written:
         show_efficiency(directory)
+    if "perplexity.md" in written:
+        show_perplexity(directory)
     for path in paths:
         typer.echo(str(path))
 
@@ -55,6 +59,14 @@ def show_efficiency(directory: Path) -> None:
     from kvbench.report import efficiency_text
 
     typer.echo(efficiency_text(read_efficiency(directory)))
+
+
+def show_perplexity(directory: Path) -> None:
+    """Print the tables of the perplexity rows in `directory`."""
+    from kvbench.report import perplexity_text, read_tables
+
+    for table in read_tables(directory):
+        typer.echo(perplexity_text(table))
 
 
 def write_html(directory: Path, path: Path, data: Path | None) -> None:

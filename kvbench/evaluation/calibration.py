@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbench.errors import UserError
 from kvbench.evaluation.samples import ask, encoded, read_cell
 from kvbench.registry import TASKS
 
@@ -36,6 +37,24 @@ def calibrate(request: CalibrationRequest, progress: Progress) -> Iterator[Path]
             statistics_of(loaded, request.samples, request.seed, request.data_root), path
         )
         yield path
+
+
+def kept_statistics(path: Path, loaded: LoadedModel) -> Calibration:
+    """Read a file of statistics that were made for this model.
+
+    Raises:
+        UserError: they belong to another revision of the model, or can't be read.
+    """
+    from kvbench.cache import load_calibration
+
+    statistics = load_calibration(path)
+    made_for = statistics.manifest.get("revision")
+    if made_for != loaded.revision:
+        raise UserError(
+            f"the calibration {path} was made for revision {made_for} of {loaded.entry.name}, not "
+            f"{loaded.revision}; calibrate again or use another folder."
+        )
+    return statistics
 
 
 def calibration_file(folder: Path, loaded: LoadedModel) -> Path:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from kvbench.models.zoo import ModelEntry
 
 _SUITE = "milebench"
+REFERENCE = "fp16"
+"""The method that all others are held against."""
 
 
 @dataclass(frozen=True)

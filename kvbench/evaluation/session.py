@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvbench.errors import UserError
-from kvbench.evaluation.calibration import calibration_file, statistics_of
+from kvbench.evaluation.calibration import calibration_file, kept_statistics, statistics_of
 from kvbench.evaluation.hardware import load
 from kvbench.evaluation.progress import Progress
 from kvbench.evaluation.request import EvalRequest
@@ -132,25 +133,37 @@ class Session:
 
         loaded = load(self.request.models[index], self.request.device, self.request.dtype)
         statistics = calibration(loaded, self.request, self._progress)
-        # The 16-bit cache answers first: the others are measured against its answer.
-        methods = sorted(
-            self._methods(loaded, statistics), key=lambda method: not method.is_reference
+        request = self.request
+        methods = prepared_methods(
+            loaded, request.methods, request.protocols, statistics, self._progress
         )
         vision = self._contexts.enter_context(shared_vision(loaded.model))
         return _Ready(index, loaded, methods, vision)
 
-    def _methods(
-        self, loaded: LoadedModel, statistics: Calibration | None
-    ) -> Iterator[PreparedMethod]:
-        """Methods ready for the model; peers that can't run here are told of and left out."""
-        for protocol in self.request.protocols:
-            for choice in self.request.methods:
-                try:
-                    yield PreparedMethod.of(loaded, choice, protocol, statistics)
-                except UserError as error:
-                    if not _is_peer(choice):
-                        raise
-                    self._progress.note(f"{choice.spec} is left out under {protocol}: {error}")
+
+def prepared_methods(
+    loaded: LoadedModel,
+    choices: Iterable[MethodChoice],
+    protocols: Iterable[str],
+    statistics: Calibration | None,
+    progress: Progress,
+) -> list[PreparedMethod]:
+    """Methods ready for a model; peers that can't run here are told of and left out.
+
+    The 16-bit cache comes first: the others are measured against its answer.
+
+    Raises:
+        UserError: a method can't store this model's layers.
+    """
+    ready = []
+    for protocol, choice in itertools.product(protocols, choices):
+        try:
+            ready.append(PreparedMethod.of(loaded, choice, protocol, statistics))
+        except UserError as error:
+            if not _is_peer(choice):
+                raise
+            progress.note(f"{choice.spec} is left out under {protocol}: {error}")
+    return sorted(ready, key=lambda method: not method.is_reference)
 
 
 def calibration(
@@ -161,10 +174,10 @@ def calibration(
     Raises:
         UserError: they belong to another revision of the model, or can't be read.
     """
-    needing = calibrated_methods(request)
+    needing = calibrated_methods(request.methods)
     if not needing:
         return None
-    from kvbench.cache import load_calibration, save_calibration
+    from kvbench.cache import save_calibration
 
     path = calibration_file(request.calibration or request.out / "calibration", loaded)
     if request.calibration is None and not path.exists():
@@ -175,21 +188,14 @@ def calibration(
         )
         # Kept beside the rows: a run that goes on must store the same codes.
         save_calibration(statistics_of(loaded, request.calibration_samples, request.seed), path)
-    statistics = load_calibration(path)
-    made_for = statistics.manifest.get("revision")
-    if made_for != loaded.revision:
-        raise UserError(
-            f"the calibration {path} was made for revision {made_for} of {loaded.entry.name}, not "
-            f"{loaded.revision}; calibrate again or use another folder."
-        )
-    return statistics
+    return kept_statistics(path, loaded)
 
 
-def calibrated_methods(request: EvalRequest) -> list[str]:
+def calibrated_methods(choices: Iterable[MethodChoice]) -> list[str]:
     """The methods that need statistics."""
     from kvbench.cache import ForeignCache
 
-    methods = ((choice.spec, choice.quantizer) for choice in request.methods)
+    methods = ((choice.spec, choice.quantizer) for choice in choices)
     return [
         spec
         for spec, method in methods

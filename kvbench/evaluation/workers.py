@@ -76,7 +76,7 @@ def run_jobs(request: EvalRequest, jobs: Sequence[Job], store: Store, progress: 
     Raises:
         UserError: what a worker raised, or a worker died; rows so far are kept.
     """
-    if calibrated_methods(request):  # once, so that workers find the statistics made
+    if calibrated_methods(request.methods):  # once, so that workers find the statistics made
         for entry in request.models:
             calibration(load(entry, request.device, request.dtype), request, progress)
     known = frozenset(row.key for row in store.rows() if store.has(row.key))
