@@ -18,6 +18,7 @@ from kvbench.cli import (
     efficiency,
     evaluate,
     listing,
+    lm_eval,
     perplexity,
     report,
 )
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command("eval")(evaluate.evaluate)
 app.command("perplexity")(perplexity.perplexity)
+app.command("lm-eval")(lm_eval.lm_eval)
 app.command("efficiency")(efficiency.efficiency)
 app.command("analyze")(analyze.analyze)
 app.command("ablate")(ablate.ablate)

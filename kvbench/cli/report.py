@@ -38,7 +38,7 @@ def report(
 
 def show(directory: Path) -> None:
     """Write the tables of `directory`, print the summary and where the tables are."""
-    from kvbench.report import print_summary, read_results, write_report
+    from kvbench.report import lm_eval_text, print_summary, read_results, write_report
 
     paths = write_report(directory)
     written = {path.name for path in paths}
@@ -49,6 +49,8 @@ def show(directory: Path) -> None:
         show_efficiency(directory)
     if "perplexity.md" in written:
         show_perplexity(directory)
+    if "lm_eval.md" in written:
+        typer.echo(lm_eval_text(directory))
     for path in paths:
         typer.echo(str(path))
 

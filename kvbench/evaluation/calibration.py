@@ -11,9 +11,12 @@ from kvbench.evaluation.samples import ask, encoded, read_cell
 from kvbench.registry import TASKS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvbench.cache import Calibration
     from kvbench.evaluation.progress import Progress
     from kvbench.evaluation.request import CalibrationRequest
+    from kvbench.evaluation.text import Text
     from kvbench.models.load import LoadedModel
 
 SPLIT_SEED = 9000
@@ -60,6 +63,20 @@ def kept_statistics(path: Path, loaded: LoadedModel) -> Calibration:
 def calibration_file(folder: Path, loaded: LoadedModel) -> Path:
     """Where a model's statistics lie in a calibration folder."""
     return folder / f"{loaded.entry.name}.safetensors"
+
+
+def statistics_of_text(loaded: LoadedModel, text: Text, windows: Tensor) -> Calibration:
+    """Run a model over windows (M, T) from the end of a text, which are never scored."""
+    from kvbench.cache import calibrate_statistics
+
+    manifest = {
+        "model": loaded.entry.name,
+        "revision": loaded.revision,
+        "data": f"last {len(windows)} windows of {windows.shape[1]} tokens of {text.name}",
+        "sha256": text.sha256,
+    }
+    prompts = ({"input_ids": ids[None].to(loaded.model.device)} for ids in windows)
+    return calibrate_statistics(loaded.model, prompts, manifest)
 
 
 def statistics_of(

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import kvbench
 from kvbench.errors import UserError
-from kvbench.evaluation.calibration import kept_statistics
+from kvbench.evaluation.calibration import kept_statistics, statistics_of_text
 from kvbench.evaluation.environment import environment
 from kvbench.evaluation.hardware import check_available, is_out_of_memory, load
 from kvbench.evaluation.lines import Lines
 from kvbench.evaluation.session import calibrated_methods, prepared_methods
 from kvbench.evaluation.store import write_run
+from kvbench.evaluation.text import Text, Windows, cut, read_text
 from kvbench.perplexity.rows import KIND, Identity, PerplexityRow, Scores, make_row
-from kvbench.perplexity.text import Text, Windows, cut, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -232,7 +232,7 @@ class Runner:
 
     def _statistics(self) -> Calibration | None:
         """Of the held-out windows, made once and kept beside the rows; None if nobody asks."""
-        from kvbench.cache import calibrate_statistics, save_calibration
+        from kvbench.cache import save_calibration
 
         needing = calibrated_methods(self._request.methods)
         if not needing:
@@ -244,13 +244,7 @@ class Runner:
                 f"calibrating {loaded.entry.name} for {', '.join(needing)} on the last "
                 f"{len(held_out)} windows of {self._text.name}, which are not scored"
             )
-            manifest = {
-                "model": loaded.entry.name,
-                "revision": loaded.revision,
-                "data": f"{self._text.name} {self._text.sha256}, last {len(held_out)} windows",
-            }
-            prompts = ({"input_ids": ids[None].to(loaded.model.device)} for ids in held_out)
-            save_calibration(calibrate_statistics(loaded.model, prompts, manifest), path)
+            save_calibration(statistics_of_text(loaded, self._text, held_out), path)
         return kept_statistics(path, loaded)
 
     def _calibration_file(self) -> Path:

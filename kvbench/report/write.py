@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import UserError
 from kvbench.evaluation.files import write_atomically
-from kvbench.evaluation.rows import SampleRow
+from kvbench.evaluation.rows import LM_EVAL, SampleRow
 from kvbench.evaluation.store import RUN, SAMPLES, read_rows
 from kvbench.report.board import build
 from kvbench.report.comparison import comparable, paper_csv, paper_markdown
 from kvbench.report.details import details_csv, details_markdown
 from kvbench.report.efficiency_tables import table4_csv, table4_markdown
+from kvbench.report.lm_eval import write_lm_eval
 from kvbench.report.table2 import table2_csv, table2_markdown
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def write_report(directory: Path) -> list[Path]:
 
     From ``samples.jsonl`` come ``table2.md|csv``, ``details.md|csv`` and, for models and data of
     the paper, ``paper.md|csv``; from ``efficiency.jsonl`` what `write_efficiency` writes; from
-    ``perplexity.jsonl`` ``perplexity.md|csv``. The rows may be those of an unfinished run.
+    ``perplexity.jsonl`` ``perplexity.md|csv``; from ``lm_eval.json`` ``lm_eval.md|csv``. The rows
+    may be those of an unfinished run.
 
     Returns:
         The files written.
@@ -55,13 +57,15 @@ def write_report(directory: Path) -> list[Path]:
         UserError: The folder has no rows or can't be written to, or one of the files is broken.
     """
     written: list[Path] = []
-    others = [name for name in (EFFICIENCY, PERPLEXITY) if (directory / name).exists()]
+    others = [name for name in (EFFICIENCY, PERPLEXITY, LM_EVAL) if (directory / name).exists()]
     if (directory / SAMPLES).exists() or not others:
         written += _write_accuracy(directory)
     if EFFICIENCY in others:
         written += write_efficiency(directory, _efficiency_rows(directory))
     if PERPLEXITY in others:
         written += _write_perplexity(directory)
+    if LM_EVAL in others:
+        written += write_lm_eval(directory)
     return written
 
 
