@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 PromptStyles = Literal["chat", "official"]
 _LM_EVAL_DEVICE = "cuda:0"  # what lm-eval asks for when the user doesn't
-_Parent = HFLM if TYPE_CHECKING else object
 
 _log = logging.getLogger(__name__)
+_Parent: Any = object  # stands for the class of lm-eval that comes next
 
 
 class _FromCache(_Parent):  # type: ignore[misc]

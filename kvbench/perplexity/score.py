@@ -85,5 +85,9 @@ def _positions(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
 def _scores(nll: Tensor, kl: Tensor, agreeing: Tensor, delta_p: Tensor) -> Scores | None:
     if not (nll.isfinite().all() and kl.isfinite().all()):
         return None
-    rounded = ([float(f"{value:.6g}") for value in values.tolist()] for values in (nll, kl))
-    return Scores(*rounded, int(agreeing.sum()), float(delta_p.square().mean()))
+    return Scores(_rounded(nll), _rounded(kl), int(agreeing.sum()), float(delta_p.square().mean()))
+
+
+def _rounded(values: Tensor) -> list[float]:
+    """Six digits, which is what float32 has to say."""
+    return [float(f"{value:.6g}") for value in values.tolist()]

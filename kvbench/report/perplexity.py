@@ -158,7 +158,7 @@ def _line(
             "top1": sum(row.agreeing or 0 for row in scored) / sum(map(len, kl)),
             "delta_p": math.sqrt(_mean(row.delta_p_squared for row in scored) or 0.0),
             "perplexity": _perplexity(np.concatenate(nll)),
-            "interval": bootstrap_items(nll, _perplexity),
+            "interval": _interval(nll),
             "tokens_read": _mean(row.packed_tokens_read for row in scored),
             "seconds": _mean(row.seconds for row in scored),
             "calibration": scored[0].calibration,
@@ -180,7 +180,12 @@ def _ratio(
     if not differences:
         return {}
     value = _perplexity(np.concatenate(differences))
-    return {"ratio": value, "ratio_interval": bootstrap_items(differences, _perplexity)}
+    return {"ratio": value, "ratio_interval": _interval(differences)}
+
+
+def _interval(windows: Sequence[NDArray[np.float64]]) -> Interval | None:
+    """Of the perplexity; windows of a table have equally many positions, so means will do."""
+    return bootstrap_items([window.mean(keepdims=True) for window in windows], _perplexity)
 
 
 def _perplexity(nll: NDArray[np.float64]) -> float:
