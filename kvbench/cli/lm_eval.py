@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,8 @@ def lm_eval(
     """Run tasks that generate, text or images, with each method; metrics beside what was read."""
     # Read when the libraries are imported: data that are not here are told of, not fetched.
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    # It warns of being given a loaded model, once a method.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from kvbench.evaluation import choices
     from kvbench.evaluation.lm_eval_run import LmEvalRequest, run_lm_eval
     from kvbench.evaluation.rows import LM_EVAL

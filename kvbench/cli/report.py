@@ -38,7 +38,7 @@ def report(
 
 def show(directory: Path) -> None:
     """Write the tables of `directory`, print the summary and where the tables are."""
-    from kvbench.report import lm_eval_text, print_summary, read_results, write_report
+    from kvbench.report import print_summary, read_results, write_report
 
     paths = write_report(directory)
     written = {path.name for path in paths}
@@ -50,7 +50,7 @@ def show(directory: Path) -> None:
     if "perplexity.md" in written:
         show_perplexity(directory)
     if "lm_eval.md" in written:
-        typer.echo(lm_eval_text(directory))
+        show_lm_eval(directory)
     for path in paths:
         typer.echo(str(path))
 
@@ -69,6 +69,13 @@ def show_perplexity(directory: Path) -> None:
 
     for table in read_tables(directory):
         typer.echo(perplexity_text(table))
+
+
+def show_lm_eval(directory: Path) -> None:
+    """Print the table of lm-eval's tasks in `directory`."""
+    from kvbench.report import lm_eval_text
+
+    typer.echo(lm_eval_text(directory))
 
 
 def write_html(directory: Path, path: Path, data: Path | None) -> None:

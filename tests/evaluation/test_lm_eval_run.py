@@ -147,6 +147,49 @@ def _check_report(out: Path, found: dict[str, Any]) -> None:
     assert "exact_match" in text and "one_bit" in text
 
 
+PICTURES = """
+from datasets import Dataset
+from PIL import Image
+
+def documents(**_):
+    return {"test": Dataset.from_list([{"shade": shade} for shade in (10, 120, 250)])}
+
+def picture(doc):
+    return [Image.new("RGB", (56, 56), (doc["shade"],) * 3)]
+
+def score(doc, results):
+    return {"length": float(len(results[0]))}
+"""
+SHADES = """
+task: shades
+custom_dataset: !function pictures.documents
+test_split: test
+output_type: generate_until
+doc_to_text: "<image> Which shade is this?"
+doc_to_image: !function pictures.picture
+doc_to_target: "{{shade}}"
+process_results: !function pictures.score
+generation_kwargs: {max_gen_toks: 6, min_new_tokens: 6, until: []}
+metric_list:
+  - metric: length
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+def test_a_task_with_images(asked: Any, tiny_llava_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures.py").write_text(PICTURES, encoding="utf-8")
+    (tmp_path / "shades.yaml").write_text(SHADES, encoding="utf-8")
+    (entry,) = choices.choose_models(f"tiny={tiny_llava_folder}")
+    request = asked("shades", "fp16,rtn_int2", model=entry, include=tmp_path, limit=2)
+    run_lm_eval(request, Silent())
+    found = json.loads((request.out / LM_EVAL).read_text(encoding="utf-8"))["methods"]
+    exact, coarse = (found[name]["samples"]["shades"] for name in ("fp16", "rtn_int2"))
+    assert len(exact) == len(coarse) == 2 and exact[0]["prompt"] == coarse[0]["prompt"]
+    assert [s["answer"] for s in exact] != [s["answer"] for s in coarse]
+    assert all(sample["packed_tokens_read"] > 0 for sample in coarse)
+
+
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
