@@ -228,7 +228,10 @@ def test_lm_evals_own_tasks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         local_tasks(["gsm8kk"], None, images=False, limit=None)
 
 
-def test_calibrated_methods_are_calibrated_on_no_task(asked: Any) -> None:
+def test_calibrated_methods_are_calibrated_on_no_task(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_eval_run, "_CALIBRATION_WINDOW", 64)
     request = asked("sums", "fp16,smoothquant", limit=1)
     notes: list[str] = []
     progress = Silent()
