@@ -42,7 +42,7 @@ quantized storage a window, over layers and steps."""
 
 _HOW = {
     "quantized_prefill": "each window is read in one pass in which every token attends to the "
-    "cache as stored; all positions are scored",
+    "cache as it is stored when the window is through; all positions are scored",
     "exact_prefill": "of each window, the first {context} tokens are read in one pass with exact "
     "attention, except that the last of them attends to the cache as stored; the others follow one "
     "by one, each attending to the cache as stored; what follows the context is scored",
