@@ -70,7 +70,7 @@ def ablate(
 
     sweeps = choose_sweeps(sweep or ["paper"])
     request = EvalRequest(
-        methods=choices.choose_methods("fp16"),
+        methods=choices.choose_methods(choices.REFERENCE),
         models=choices.choose_models(models),
         tasks=choices.choose_tasks(tasks or _PAPER_TASKS),
         protocols=choices.choose_protocols(protocol),

@@ -15,7 +15,9 @@ _GOALS = "goals.md"
 def report(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="Folder that kvbench eval or kvbench efficiency wrote."),
+        typer.Argument(
+            metavar="DIR", help="Folder of rows of kvbench eval, efficiency, perplexity."
+        ),
     ],
     html: Annotated[
         Path | None,
@@ -51,6 +53,10 @@ def show(directory: Path, goals: bool = False) -> None:
         print_summary(rows, run)
     if "table4.md" in written:
         paths += show_efficiency(directory, goals)
+    if "perplexity.md" in written:
+        show_perplexity(directory)
+    if "lm_eval.md" in written:
+        show_lm_eval(directory)
     for path in paths:
         typer.echo(str(path))
 
@@ -69,6 +75,21 @@ def show_efficiency(directory: Path, goals: bool) -> list[Path]:
     write_atomically(directory / _GOALS, goals_table(rows, "github") + "\n")
     typer.echo(f"{goals_table(rows)}\n")
     return [directory / _GOALS]
+
+
+def show_perplexity(directory: Path) -> None:
+    """Print the tables of the perplexity rows in `directory`."""
+    from kvbench.report import perplexity_text, read_tables
+
+    for table in read_tables(directory):
+        typer.echo(perplexity_text(table))
+
+
+def show_lm_eval(directory: Path) -> None:
+    """Print the table of lm-eval's tasks in `directory`."""
+    from kvbench.report import lm_eval_text
+
+    typer.echo(lm_eval_text(directory))
 
 
 def write_html(directory: Path, path: Path, data: Path | None) -> None:

@@ -19,6 +19,9 @@ BOTH = ("quantized_prefill", "exact_prefill")
 PROTOCOLS = (*BOTH, "sparse_prefill")
 STATUSES = ("ok", "oom", "error")
 
+LM_EVAL = "lm_eval.json"
+"""What ``kvbench lm-eval`` writes: lm-eval's results of each method, and its samples."""
+
 _VERDICT = ("answer", "extracted", "correct", "strict", "empty", "unparsable")
 
 

@@ -294,7 +294,7 @@ def test_rows_of_something_else_are_not_touched(refused: Refused, tmp_path: Path
     ("words", "part"),
     [
         ("--models tiny=/no/such", "there is no model folder /no/such"),
-        ("--models smol_lava", "did you mean smol_llava?"),
+        ("--models smol_lava", "did you mean smol_llava"),
         ("--methods kivy", "did you mean kivi?"),
         ("--samples 0", "--samples is 0"),
         ("--data /no/such", "data root /no/such does not exist"),
