@@ -18,6 +18,7 @@ from kvbench.cli import (
     efficiency,
     evaluate,
     listing,
+    new,
     report,
 )
 from kvbench.cli.verbs import Verbs
@@ -44,6 +45,7 @@ app.command("doctor")(doctor.doctor)
 app.command("list")(listing.listing)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
+app.add_typer(new.app, name="new")
 
 
 def _version(wanted: bool) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,11 +23,6 @@ from kvbench.cli.options import (
 from kvbench.cli.progress import Terminal
 from kvbench.cli.report import show
 from kvbench.cli.verbs import INTERRUPTED
-
-if TYPE_CHECKING:
-    from kvbench.evaluation.request import EvalRequest
-
-_RUNS = Path("results/runs")
 
 
 def evaluate(
@@ -56,15 +50,14 @@ def evaluate(
     ] = 32,
 ) -> None:
     """Answer the tasks with every method and print accuracy, bits and bytes side by side."""
-    from kvbench.evaluation import choices
-    from kvbench.evaluation.request import EvalRequest
+    from kvbench.api import new_run
 
-    request = EvalRequest(
-        protocols=choices.choose_protocols(protocol),
-        tasks=choices.choose_tasks(tasks),
-        models=choices.choose_models(models),
-        methods=choices.choose_methods(methods),
-        out=out or _RUNS / time.strftime("%Y%m%d-%H%M%S"),
+    _run(
+        out or new_run(),
+        protocol=protocol,
+        tasks=tasks,
+        models=models,
+        methods=methods,
         data_root=data_root,
         limit=limit,
         seed=seed,
@@ -76,25 +69,24 @@ def evaluate(
         calibration=calibration,
         calibration_samples=calibration_samples,
     )
-    _run(request)
 
 
-def _run(request: EvalRequest) -> None:
-    from kvbench.evaluation.run import evaluate as run
+def _run(out: Path, **asked: Any) -> None:
+    from kvbench import api
 
     try:
         with Terminal() as progress:
-            run(request, progress)
+            api.evaluate(**asked, out=out, progress=progress)
     except KeyboardInterrupt:
         typer.echo(
-            f"interrupted: the rows so far are in {request.out}; "
-            f"the same command with --out {request.out} goes on from there",
+            f"interrupted: the rows so far are in {out}; "
+            f"the same command with --out {out} goes on from there",
             err=True,
         )
-        if _has_rows(request.out):
-            show(request.out)
+        if _has_rows(out):
+            show(out)
         raise typer.Exit(INTERRUPTED) from None
-    show(request.out)
+    show(out)
 
 
 def _has_rows(directory: Path) -> bool:

@@ -170,7 +170,7 @@ def calibration(
     if request.calibration is None and not path.exists():
         progress.note(
             f"calibrating {loaded.entry.name} for {', '.join(needing)} on "
-            f"{request.calibration_samples} samples of minimile's calibration split, "
+            f"{request.calibration_samples} samples of a split "
             "which no task scores"
         )
         # Kept beside the rows: a run that goes on must store the same codes.
