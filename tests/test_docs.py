@@ -9,6 +9,7 @@ text is parsed and not run.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -74,6 +75,7 @@ def place(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KVBENCH_DATA", str(data))
     monkeypatch.setattr("kvbench.tasks.minimile.default_root", lambda: data)
+    (tmp_path / "site").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     paths = {
         "/models/mine": str(tiny_llava_folder),
@@ -101,7 +103,7 @@ def run(line: str, folder: Path) -> None:
     assert (program, words[0]) == ("python", "-m")
     if words[1:4] == ["pip", "install", "-e"]:
         options = "--no-deps --no-build-isolation --no-index --quiet --target site"
-        words = ["-m", "pip", "install", *options.split(), *words[4:]]
+        words = ["-m", "pip", "install", *options.split(), f"./{words[4]}"]
         METHODS.__dict__.pop("_plugins", None)
     path = os.pathsep.join([str(folder / "site"), str(ROOT)])
     done = subprocess.run(
@@ -111,6 +113,7 @@ def run(line: str, folder: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    importlib.invalidate_caches()
 
 
 @pytest.mark.slow

@@ -69,10 +69,10 @@ def page(content: Content) -> str:
     named = [(_name(block, board), block) for block in board.blocks]
     questions = content.questions or {}
     script = _read(_SCRIPT)
+    style = Markup(_read(_STYLE))  # a file of this package, as the script is  # nosec B704
     values = {
-        # Files of this package.
-        "style": Markup(_read(_STYLE)),  # nosec B704
-        "script": Markup(script),
+        "style": style,
+        "script": Markup(script),  # nosec B704
         "policy": _policy(script),
         "version": __version__,
         "row_count": len(content.rows),
