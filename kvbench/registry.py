@@ -6,6 +6,7 @@ distributions add theirs through entry points. Nothing is imported before a name
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,14 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Names and objects of one kind, found when first asked for.
 
+    Every object is an instance of a dataclass: its fields are what ``name[field=value]`` sets. One
+    with a field ``name`` is registered under that name and no other.
+
+    Example:
+        >>> from kvbench import METHODS
+        >>> METHODS.get("kivi").label
+        'KIVI'
+
     Args:
         kind: What an object is called in messages, such as ``"method"``.
         base: Class of every object, as ``"module:Class"`` so that it is imported late; or several,
@@ -61,11 +70,16 @@ class Registry(Generic[T]):
         """All names: built-in ones in their modules' order, then plug-ins (not imported yet)."""
         return [*self._builtin, *(name for name in self._plugins if name not in self._builtin)]
 
+    def builtin(self) -> list[str]:
+        """The names that kvbench brings itself, in their modules' order."""
+        return list(self._builtin)
+
     def get(self, name: str) -> T:
         """Return the object called `name`.
 
         Raises:
-            UserError: The name is unknown or taken twice, or its plug-in can't be loaded.
+            UserError: The name is unknown or taken twice, or its plug-in can't be loaded or isn't
+                what it should be.
         """
         origins = self._origins(name)
         if len(origins) > 1:
@@ -98,7 +112,7 @@ class Registry(Generic[T]):
                         f"and by {module.__name__}: rename one"
                     )
                 where = f"{module.__name__}.{self._attribute}[{name!r}]"
-                found[name] = (self._checked(value, where), module.__name__)
+                found[name] = (self._checked(name, value, where), module.__name__)
         return found
 
     @cached_property
@@ -123,18 +137,33 @@ class Registry(Generic[T]):
         # A plug-in is foreign code: whatever goes wrong in it must name it, not break kvbench.
         try:
             value = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(
                 f"{self.kind} {point.name!r} comes from the plug-in {point.value}, which can't be "
                 f"imported ({type(error).__name__}: {error}): repair or uninstall it"
             ) from error
-        return self._checked(value, point.value)
+        return self._checked(point.name, value, f"the plug-in {point.value}")
 
-    def _checked(self, value: T, where: str) -> T:
+    def _checked(self, name: str, value: T, where: str) -> T:
+        if isinstance(value, type):  # which has all that its instances have, and passes as one
+            raise UserError(
+                f"{where} is a class: a {self.kind} must be an instance, {value.__name__}(...)"
+            )
         if not isinstance(value, tuple(pkgutil.resolve_name(base) for base in self._bases)):
             known = " or ".join(base.replace(":", ".") for base in self._bases)
             raise UserError(
                 f"{where} is a {type(value).__name__}: a {self.kind} must be an instance of {known}"
+            )
+        if not dataclasses.is_dataclass(value):
+            raise UserError(
+                f"{where} is a {type(value).__name__}, which is no dataclass: decorate the class "
+                "with @dataclass(frozen=True)"
+            )
+        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        if own.get("name", name) != name:
+            raise UserError(
+                f"{where} is registered as {name!r} and calls itself {own['name']!r}: "
+                f"give the {self.kind} one name"
             )
         return value
 

@@ -19,6 +19,7 @@ class HFDynamic:
     label: ClassVar[str] = "HF DynamicCache"
     paper: ClassVar[str] = "-"
     splits_prompt: ClassVar[bool] = False
+    concatenates: ClassVar[bool] = True
 
     def cache(self, model: nn.Module, protocol: Protocols) -> Cache:
         """An empty cache; both protocols are the same where nothing is quantized."""

@@ -35,6 +35,7 @@ class HFQuanto:
     label: ClassVar[str] = "HF quanto"
     paper: ClassVar[str] = "-"
     splits_prompt: ClassVar[bool] = True
+    concatenates: ClassVar[bool] = False
 
     bits: Literal[2, 4] = 4
     group_size: int = 64

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kvbench.errors import UserError
+
 if TYPE_CHECKING:
     import datasets
 
@@ -140,7 +142,8 @@ class Task(ABC):
         title: its full name, as "Object Existence".
         folder: its folder below the data root and the stem of its annotation file.
         version: raised whenever prompts or scores change for the same data.
-        suite: which set it belongs to; "all" means every task of the suite "milebench".
+        suite: which set it belongs to. "all" means kvbench's own tasks of the suite "milebench";
+            a plug-in's task is only run when it is named.
     """
 
     name: str
@@ -183,6 +186,14 @@ class Task(ABC):
         Raises:
             UserError: they can't be made here.
         """
+
+    def calibration_root(self, samples: int) -> Path:
+        """Data of this task's kind that nobody scores, of `samples` samples a task.
+
+        Raises:
+            UserError: there are none, or they can't be made here.
+        """
+        raise UserError(f"task {self.name} has no data to calibrate on: name a folder with --data")
 
 
 def dataset_name(root: Path) -> str:

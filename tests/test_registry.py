@@ -21,7 +21,10 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     package = tmp_path / "shelf"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "base.py").write_text("class Book:\n    pass\n")
+    (package / "base.py").write_text(
+        "from dataclasses import dataclass\n\n@dataclass(frozen=True)\n"
+        "class Book:\n    pages: int = 1\n"
+    )
     (package / "novels.py").write_text(
         "from shelf.base import Book\nBOOKS = {'emma': Book(), 'ulysses': Book()}\n"
     )
@@ -43,8 +46,12 @@ def plugins(tmp_path: Path, shelf: Path) -> Plugins:
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text("[books]\n" + dedent(points))
         (tmp_path / "extra.py").write_text(
-            "from shelf.base import Book\nfaust = Book()\nnumber = 3\n"
+            "from dataclasses import dataclass\nfrom shelf.base import Book\n"
+            "faust = Book()\nnumber = 3\n\nclass Pamphlet(Book):\n    pass\n\n"
+            "@dataclass(frozen=True)\nclass Named(Book):\n    name: str = 'werther'\n\n"
+            "werther = Named()\n"
         )
+        (tmp_path / "extra_leaves.py").write_text("raise SystemExit(3)\n")
         (tmp_path / "extra_broken.py").write_text("import not_installed_anywhere\n")
 
     return install
@@ -108,7 +115,10 @@ def test_plugins_are_listed_unseen_and_loaded_on_demand(plugins: Plugins) -> Non
     [
         ("extra_broken:x", "ModuleNotFoundError: No module named 'not_installed_anywhere'"),
         ("extra:missing", "AttributeError"),
+        ("extra_leaves:x", "can't be imported (SystemExit: 3)"),
         ("extra:number", "extra:number is a int: a book must be an instance of shelf.base.Book"),
+        ("extra:Pamphlet", "extra:Pamphlet is a class: a book must be an instance, Pamphlet(...)"),
+        ("extra:werther", "is registered as 'bad' and calls itself 'werther': give the book one"),
     ],
 )
 def test_a_broken_plugin_fails_only_when_asked_for(plugins: Plugins, value: str, part: str) -> None:
@@ -119,6 +129,18 @@ def test_a_broken_plugin_fails_only_when_asked_for(plugins: Plugins, value: str,
     with pytest.raises(UserError) as caught:
         registry.get("bad")
     assert part in str(caught.value)
+
+
+def test_an_object_without_fields_is_refused() -> None:
+    """Protocols take anything with the right attributes; parameters are read from fields."""
+    registry: Registry[object] = Registry("thing", "builtins:object", "enum", "THINGS", "things")
+    with pytest.raises(UserError, match="no dataclass: decorate the class with @dataclass"):
+        registry._checked("x", object(), "the plug-in a:b")
+
+
+def test_builtin_names_come_without_plugins(plugins: Plugins) -> None:
+    plugins("faust = extra:faust\n")
+    assert books().builtin() == ["emma", "ulysses", "hamlet"]
 
 
 def test_a_plugin_with_a_taken_name_is_refused(plugins: Plugins) -> None:

@@ -26,24 +26,25 @@ ALLOWED = {
     "models": {"cache", "errors", "registry", "specs", "tasks"},
     "evaluation": {"cache", "errors", "models", "registry", "specs", "tasks"},
     "efficiency": {"cache", "errors", "evaluation", "kernels", "models", "registry", "specs"},
-    "analysis": {"cache", "errors", "evaluation", "specs", "tasks"},
+    "analysis": {"cache", "errors", "evaluation", "registry", "specs"},
     "perplexity": {"cache", "errors", "evaluation", "models"},
     "report": {"efficiency", "errors", "evaluation", "perplexity"},
     "doctor": {
         *("cache", "efficiency", "errors", "evaluation", "kernels", "models", "registry", "tasks"),
     },
+    "api": {"efficiency", "errors", "evaluation", "report"},
+    "skeletons": {"errors", "registry"},
     "cli": {
-        *("analysis", "doctor", "efficiency", "errors", "evaluation", "perplexity", "registry"),
-        *("report", "specs", "tasks"),
+        *("analysis", "api", "doctor", "efficiency", "errors", "evaluation", "perplexity"),
+        *("registry", "report", "skeletons", "specs", "tasks"),
     },
     "__main__": {"cli"},
-    "__init__": {"cache"},
+    "__init__": set(),
 }
 # Of some parts, another part sees these modules only: a report reads rows and what is computed from
 # them; efficiency takes what any run needs, without tasks; an evaluation knows the contract of
-# tasks, and the data that it takes when given none.
+# tasks.
 SEES = {
-    ("analysis", "tasks"): {"minimile"},
     ("report", "evaluation"): {"files", "rows", "statistics", "store", "typed"},
     ("report", "efficiency"): {"rows"},
     ("report", "perplexity"): {"rows"},
@@ -54,7 +55,7 @@ SEES = {
         *("choices", "environment", "files", "hardware", "lines"),
         *("progress", "request", "store", "typed"),
     },
-    ("evaluation", "tasks"): {"base", "images", "minimile"},
+    ("evaluation", "tasks"): {"base", "images"},
 }
 
 
@@ -104,14 +105,22 @@ def test_imports_follow_the_layers(file: Path) -> None:
 def test_files_and_functions_are_short(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_FILE
-    long = {
-        node.name: node.end_lineno - node.lineno + 1
+    lengths = {
+        node.name: lines_of(node) - docstring_lines(node)
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.end_lineno is not None
-        and node.end_lineno - node.lineno >= MAX_FUNCTION
     }
-    assert not long
+    assert not {name: length for name, length in lengths.items() if length > MAX_FUNCTION}
+
+
+def lines_of(node: ast.stmt) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Public functions of the API explain every argument; that makes them no harder to read."""
+    return lines_of(node.body[0]) if ast.get_docstring(node) else 0
 
 
 def test_every_part_has_a_rule() -> None:

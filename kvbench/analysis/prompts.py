@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvbench.analysis.request import AnalysisRequest
-from kvbench.evaluation.calibration import SPLIT_SEED
 from kvbench.evaluation.samples import ask, encoded, read_cell
+from kvbench.registry import TASKS
 
 if TYPE_CHECKING:
     from kvbench.models.inputs import ModelInputs
@@ -31,12 +31,10 @@ def prompts(loaded: LoadedModel, request: AnalysisRequest) -> Iterator[Prompt]:
     Raises:
         UserError: the data can't be read or made, or a prompt doesn't fit the model.
     """
-    from kvbench.tasks import minimile
-
     share = -(-request.samples // len(request.tasks))
-    root = request.data_root or minimile.cached_root(SPLIT_SEED, share)
     left = request.samples
     for name in request.tasks:
+        root = request.data_root or TASKS.get(name).calibration_root(share)
         cell = read_cell(name, root, share, request.seed)
         for sample in cell.samples[:left]:
             inputs = encoded(loaded, [ask(loaded, cell.task, sample)])

@@ -18,6 +18,9 @@ class ForeignCache(Protocol):
     splits_prompt: ClassVar[bool]
     """Whether the cache hands a prompt back unquantized, so that the prompt's last token must come
     in a call of its own for the first answer token to be computed from stored states."""
+    concatenates: ClassVar[bool]
+    """Whether it keeps states as they are, in tensors that are copied whole to take a token: all
+    that the capacity model must know of it."""
 
     def cache(self, model: PreTrainedModel, protocol: Protocols) -> Cache:
         """A fresh cache.

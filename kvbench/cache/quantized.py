@@ -189,6 +189,11 @@ def quantized_cache(
         text_salient_layers: layers with text-salient attention (AKVQ-VL, Table I).
         vision_mask: (B, T) bool, only for prompts given as embeddings.
 
+    Returns:
+        A cache whose `nbytes()` are bytes, `bits_per_element()` bits, metadata and exact tokens
+        included, and `packed_tokens_read` the tokens that attention read below 16 bits; of a
+        `ForeignCache`, transformers' own cache.
+
     Raises:
         UserError: unknown method or protocol, statistics missing, or a layer it can't store.
     """

@@ -19,6 +19,7 @@ from kvbench.cli import (
     evaluate,
     listing,
     lm_eval,
+    new,
     perplexity,
     report,
 )
@@ -48,6 +49,7 @@ app.command("doctor")(doctor.doctor)
 app.command("list")(listing.listing)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
+app.add_typer(new.app, name="new")
 
 
 def _version(wanted: bool) -> None:

@@ -42,19 +42,19 @@ def compare(
     junit: Annotated[Path | None, typer.Option(help="Also write it as JUnit XML, for CI.")] = None,
 ) -> None:
     """Say what got worse, sample by sample; exits with 1 if anything did."""
+    from kvbench import api
     from kvbench.report import regression
 
-    outcomes = regression.read_outcomes(run)
     if save is not None:
         if baseline is not None:
             raise UserError("give either a BASELINE to compare with or --save, not both")
+        outcomes = regression.read_outcomes(run)
         regression.save_baseline(outcomes, save)
         typer.echo(f"{len(outcomes)} samples in {save}")
         return
     if baseline is None:
         raise UserError("nothing to compare with: give a BASELINE, or make one with --save")
-    limits = regression.Limits(max_drop=max_drop, any_images=any_images, max_kl=max_kl)
-    result = regression.check(outcomes, regression.read_outcomes(baseline), limits)
+    result = api.compare(run, baseline, max_drop=max_drop, max_kl=max_kl, any_images=any_images)
     typer.echo(regression.comparison_text(result), nl=False)
     _write(markdown, regression.comparison_markdown(result))
     _write(junit, regression.junit_xml(result))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,12 +12,6 @@ from kvbench.cli.options import Dtype, Models
 from kvbench.cli.progress import Terminal
 from kvbench.cli.report import show
 from kvbench.cli.verbs import INTERRUPTED
-from kvbench.errors import UserError
-
-if TYPE_CHECKING:
-    from kvbench.efficiency.scenario import Conditions, Scenario
-
-_RUNS = Path("results/runs")
 
 
 class Preset(StrEnum):
@@ -78,70 +71,48 @@ def efficiency(
 
     Without a GPU, or for one with more memory than there is, the capacity model answers.
     """
-    from kvbench.efficiency.profiles import choose_profile
-    from kvbench.efficiency.scenario import Conditions
+    from kvbench import api
 
-    tokens = {
+    asked: dict[str, Any] = {
+        "gpu": gpu,
+        "models": models,
+        "methods": methods,
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
         "vision_tokens": vision_tokens,
+        "batch": batch,
+        "preset": preset,
+        "dtype": dtype,
+        "seed": seed,
+        "prefill_rows": prefill_rows,
+        "timeout": timeout,
+        "minutes": minutes,
+        "tolerance": tolerance,
     }
-    scenarios = _scenarios(preset, models, methods, batch, tokens)
-    conditions = Conditions(
-        target=choose_profile(gpu),
-        out=out or _RUNS / time.strftime("%Y%m%d-%H%M%S"),
-        dtype=dtype,
-        seed=seed,
-        prefill_rows=prefill_rows,
-        timeout=timeout,
-        minutes=minutes,
-        tolerance=tolerance,
-    )
     if plan:
         from kvbench.efficiency.run import expected
 
-        typer.echo(expected(scenarios, conditions))
+        typer.echo(expected(*api.efficiency_request(**asked)))
     else:
-        _run(scenarios, conditions, preset)
+        _run(out or api.new_run(), asked)
 
 
-def _scenarios(
-    preset: Preset | None,
-    models: str,
-    methods: str | None,
-    batches: str | None,
-    tokens: dict[str, int | None],
-) -> list[Scenario]:
-    from kvbench.efficiency.preset import paper_scenarios
-    from kvbench.efficiency.scenario import grid, read_batches
-
-    given = {name: value for name, value in tokens.items() if value is not None}
-    if preset is None:
-        return grid(models, methods or "fp16,akvq_vl", read_batches(batches or "largest"), **given)
-    named = {"methods": methods, "batch": batches, **given}
-    for option, value in named.items():
-        if value is not None:
-            name = option.replace("_", "-")
-            raise UserError(f"--preset {preset} has its own --{name}: leave one of them out")
-    return paper_scenarios(models)
-
-
-def _run(scenarios: list[Scenario], conditions: Conditions, preset: Preset | None) -> None:
-    from kvbench.efficiency.run import measure
+def _run(out: Path, asked: dict[str, Any]) -> None:
+    from kvbench import api
 
     interrupted = False
     try:
         with Terminal() as progress:
-            measure(scenarios, conditions, progress)
+            api.measure_efficiency(**asked, out=out, progress=progress)
     except KeyboardInterrupt:
         interrupted = True
         typer.echo(
-            f"interrupted: the rows so far are in {conditions.out}; "
-            f"the same command with --out {conditions.out} goes on from there",
+            f"interrupted: the rows so far are in {out}; "
+            f"the same command with --out {out} goes on from there",
             err=True,
         )
-    if _has_rows(conditions.out):
-        show(conditions.out, goals=preset is not None)
+    if _has_rows(out):
+        show(out, goals=asked["preset"] is not None)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,10 @@ from kvbench.cli.options import (
     Statistics,
     Workers,
 )
-from kvbench.cli.resume import new_folder, run_resumable
+from kvbench.cli.resume import run_resumable
+
+if TYPE_CHECKING:
+    from kvbench.evaluation.request import EvalRequest
 
 
 def evaluate(
@@ -58,37 +61,33 @@ def evaluate(
     ] = False,
 ) -> None:
     """Answer the tasks with every method and print accuracy, bits and bytes side by side."""
-    from kvbench.evaluation import choices
-    from kvbench.evaluation.request import EvalRequest
-
-    request = EvalRequest(
-        protocols=choices.choose_protocols(protocol),
-        tasks=choices.choose_tasks(tasks),
-        models=choices.choose_models(models),
-        methods=choices.choose_methods(methods),
-        out=out or new_folder(),
-        data_root=data_root,
-        limit=limit,
-        seed=seed,
-        batch=batch,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        dtype=dtype,
-        workers=workers,
-        executor=executor,
-        address=address,
-        gpus_per_worker=gpus_per_worker,
-        calibration=calibration,
-        calibration_samples=calibration_samples,
-    )
-    if estimate:
-        _estimate(request)
-        return
-
-    from kvbench.evaluation.run import evaluate as run
+    from kvbench import api
     from kvbench.evaluation.store import SAMPLES
 
-    run_resumable(request.out, SAMPLES, lambda progress: run(request, progress))
+    asked: dict[str, Any] = {
+        "protocol": protocol,
+        "tasks": tasks,
+        "models": models,
+        "methods": methods,
+        "out": out or api.new_run(),
+        "data_root": data_root,
+        "limit": limit,
+        "seed": seed,
+        "batch": batch,
+        "max_new_tokens": max_new_tokens,
+        "device": device,
+        "dtype": dtype,
+        "workers": workers,
+        "executor": executor,
+        "address": address,
+        "gpus_per_worker": gpus_per_worker,
+        "calibration": calibration,
+        "calibration_samples": calibration_samples,
+    }
+    if estimate:
+        _estimate(api.evaluation_request(**asked))
+    else:
+        run_resumable(asked["out"], SAMPLES, lambda told: api.evaluate(**asked, progress=told))
 
 
 def _estimate(request: EvalRequest) -> None:

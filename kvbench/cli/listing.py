@@ -49,7 +49,7 @@ def _method(method: Any) -> tuple[str, ...]:
 
 
 def _model(model: Any) -> tuple[str, ...]:
-    return (model.label, model.family, model.hub_id or "bundled")
+    return (model.label, model.family, str(model.folder or model.hub_id or model.loader))
 
 
 def _task(task: Any) -> tuple[str, ...]:
@@ -58,6 +58,6 @@ def _task(task: Any) -> tuple[str, ...]:
 
 _COLUMNS: dict[Kind, tuple[tuple[str, ...], Callable[[Any], tuple[str, ...]]]] = {
     Kind.METHODS: (("label", "paper", "parameters"), _method),
-    Kind.MODELS: (("label", "family", "hub id"), _model),
+    Kind.MODELS: (("label", "family", "from"), _model),
     Kind.TASKS: (("label", "title", "folder", "suite"), _task),
 }

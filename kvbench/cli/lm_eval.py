@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kvbench.cli.options import Device, Dtype, Methods, Statistics
-from kvbench.cli.resume import new_folder, run_resumable
+from kvbench.cli.resume import run_resumable
 from kvbench.errors import UserError
 
 
@@ -46,6 +46,7 @@ def lm_eval(
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     # It warns of being given a loaded model, once a method.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from kvbench.api import new_run
     from kvbench.evaluation import choices
     from kvbench.evaluation.lm_eval_run import LmEvalRequest, run_lm_eval
     from kvbench.evaluation.rows import LM_EVAL
@@ -58,7 +59,7 @@ def lm_eval(
         methods=choices.choose_methods(f"{choices.REFERENCE},{methods}"),
         model=models[0],
         protocol=protocols[0],
-        out=out or new_folder(),
+        out=out or new_run(),
         include=include,
         limit=limit,
         num_fewshot=num_fewshot,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvbench.cli.options import Device, Dtype, Methods
-from kvbench.cli.resume import new_folder, run_resumable
+from kvbench.cli.resume import run_resumable
 from kvbench.errors import UserError
 
 
@@ -40,6 +40,7 @@ def perplexity(
     dtype: Dtype = "auto",
 ) -> None:
     """Score text through the cache: perplexity, and the divergence from FP16 at every token."""
+    from kvbench.api import new_run
     from kvbench.evaluation import choices
     from kvbench.perplexity.request import PerplexityRequest
 
@@ -50,7 +51,7 @@ def perplexity(
         methods=choices.choose_methods(f"{choices.REFERENCE},{methods}"),
         model=models[0],
         protocols=choices.choose_protocols(protocol),
-        out=out or new_folder(),
+        out=out or new_run(),
         text=text,
         limit=limit or None,
         window=window,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +10,6 @@ import typer
 from kvbench.cli.progress import Terminal
 from kvbench.cli.report import show
 from kvbench.cli.verbs import INTERRUPTED
-
-
-def new_folder() -> Path:
-    """An output folder named after the time."""
-    return Path("results/runs") / time.strftime("%Y%m%d-%H%M%S")
 
 
 def run_resumable(out: Path, rows: str, work: Callable[[Terminal], None]) -> None:

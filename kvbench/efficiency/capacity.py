@@ -24,8 +24,6 @@ from kvbench.efficiency.support import unsupported
 from kvbench.efficiency.workload import Workload, cache_layout
 from kvbench.errors import UserError
 
-DYNAMIC = "hf_dynamic"
-"""Plain `generate`: transformers' DynamicCache, grown by concatenation."""
 CONTEXT = 690 << 20
 """Bytes of a CUDA context with the modules that torch and Triton load, as on Hopper cards."""
 LIBRARIES = 40 << 20
@@ -142,7 +140,7 @@ def capacity(
 
     Args:
         model: With its configuration and dtype, such as `shapes.empty_model` makes.
-        method: Name and parameters, or ``hf_dynamic``.
+        method: Name and parameters.
         text_salient_layers: Layers with text-salient attention.
 
     Raises:
@@ -150,11 +148,9 @@ def capacity(
             cache or for the model's vision tower.
     """
     shape = model_shape(model)
-    if method.partition("[")[0] == DYNAMIC:
-        return Capacity(shape, lambda workload: _grown(shape, workload), together=True)
     resolved = resolve(method)
     if isinstance(resolved, ForeignCache):
-        return Capacity(shape, _quanto(shape, resolved), together=True)
+        return Capacity(shape, _foreign(shape, resolved), together=True)
     specs = layer_specs(model.config, text_salient_layers)
     bound = BoundMethod(model, _quantizers(resolved, specs), tuple(specs), resolved, _PROTOCOL)
     return Capacity(shape, _packed(shape, bound), together=not _is_static(bound))
@@ -194,6 +190,12 @@ def _packed(shape: ModelShape, bound: BoundMethod) -> Callable[[Workload], RowCo
         return RowCost(layout.row_nbytes, passing, decoded, layout.read_nbytes(mean))
 
     return row
+
+
+def _foreign(shape: ModelShape, method: ForeignCache) -> Callable[[Workload], RowCost]:
+    if method.concatenates:
+        return lambda workload: _grown(shape, workload)
+    return _quanto(shape, method)
 
 
 def _grown(shape: ModelShape, workload: Workload) -> RowCost:

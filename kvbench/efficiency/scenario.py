@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -178,7 +179,7 @@ def setting(scenario: Scenario, conditions: Conditions) -> Setting:
         memory=("measured" if target.limit is None else "emulated") if measured else "modelled",
         memory_limit=target.limit,
         device=target.device or "",
-        code=code_fingerprint(),
+        code=code_fingerprint(type(method.quantizer).__module__),
         versions=versions(),
     )
 
@@ -230,9 +231,16 @@ def versions() -> dict[str, str | None]:
 
 
 @cache
-def code_fingerprint() -> str:
-    """The first 16 hex digits of SHA-256 over the sources that a try runs."""
+def code_fingerprint(plugin: str = "kvbench") -> str:
+    """The first 16 hex digits of SHA-256 over the sources that a try runs.
+
+    Args:
+        plugin: Module of the method; its file counts too where it isn't kvbench's own.
+    """
     digest = hashlib.sha256()
+    if plugin.partition(".")[0] != "kvbench":
+        file = sys.modules[plugin].__file__
+        digest.update(Path(file).read_bytes() if file else b"")
     for part in _MEASURED:
         spec = importlib.util.find_spec(f"kvbench.{part}")
         for folder in sorted(spec.submodule_search_locations or () if spec else ()):

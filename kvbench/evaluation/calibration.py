@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import UserError
+from kvbench.evaluation.choices import suite
 from kvbench.evaluation.samples import ask, encoded, read_cell
 from kvbench.registry import TASKS
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from kvbench.evaluation.text import Text
     from kvbench.models.load import LoadedModel
     from kvbench.models.zoo import ModelEntry
-
-SPLIT_SEED = 9000
-"""minimile's calibration split: the generator's set of this seed, which no task scores."""
 
 
 def calibrate(request: CalibrationRequest, progress: Progress) -> Iterator[Path]:
@@ -93,16 +91,15 @@ def statistics_of(
 ) -> Calibration:
     """Run a model over calibration prompts, drawn evenly from the twelve tasks' folders.
 
-    Without a root the data are minimile's calibration split, made on first use.
+    Without a root the data are the tasks' own calibration split, made on first use.
 
     Raises:
         UserError: the data can't be read or made.
     """
     from kvbench.cache import calibrate_statistics
-    from kvbench.tasks import minimile
 
-    names = [name for name in TASKS.names() if TASKS.get(name).suite == "milebench"]
-    folder = root or minimile.cached_root(SPLIT_SEED, samples)
+    names = suite()
+    folder = root or TASKS.get(names[0]).calibration_root(samples)
     share = -(-samples // len(names))
     manifest = {
         "model": loaded.entry.name,

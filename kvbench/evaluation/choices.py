@@ -88,14 +88,15 @@ def choose_tasks(text: str) -> tuple[str, ...]:
     """
     chosen: dict[str, None] = {}
     for item in split_specs(text):
-        for name in _suite() if item == "all" else [item]:
+        for name in suite() if item == "all" else [item]:
             TASKS.get(name)
             chosen[name] = None
     return tuple(chosen)
 
 
-def _suite() -> list[str]:
-    return [name for name in TASKS.names() if TASKS.get(name).suite == _SUITE]
+def suite() -> list[str]:
+    """The tasks that "all" stands for: kvbench's own, whatever plug-ins there are."""
+    return [name for name in TASKS.builtin() if TASKS.get(name).suite == _SUITE]
 
 
 def choose_protocols(text: str) -> tuple[str, ...]:

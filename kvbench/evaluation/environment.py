@@ -74,7 +74,7 @@ def _commit(root: Path) -> dict[str, Any]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # git as the user's shell would find it  # nosec B607
             ["git", "-C", str(root), *arguments],
             capture_output=True,
             text=True,

@@ -229,7 +229,7 @@ def calibration_note(request: EvalRequest, entry: ModelEntry) -> str:
     """What is said before statistics are gathered."""
     return (
         f"calibrating {entry.name} for {', '.join(calibrated_methods(request.methods))} on "
-        f"{request.calibration_samples} samples of minimile's calibration split, "
+        f"{request.calibration_samples} samples of a split "
         "which no task scores"
     )
 

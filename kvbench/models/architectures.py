@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import UserError
@@ -27,23 +28,30 @@ def configuration(entry: ModelEntry) -> PretrainedConfig:
         from kvbench.models.load import load_model
 
         return load_model(entry).model.config
-    if entry.folder is None:
-        if entry.name not in ARCHITECTURES:
-            raise UserError(
-                f"the shapes of {entry.name} are not known: give a folder with its config.json,"
-                f" {entry.name}=/folder"
-            )
+    if entry.folder is None and entry.name in ARCHITECTURES:
         return ARCHITECTURES[entry.name]()
+    folder = entry.folder or _downloaded(entry)
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(
-            entry.folder, local_files_only=True, trust_remote_code=False
-        )
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of transformers, or of the library that it checks types with
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{entry.folder / 'config.json'} can't be read ({reason}): download it again"
+            f"{folder / 'config.json'} can't be read ({reason}): download it again"
+        ) from error
+
+
+def _downloaded(entry: ModelEntry) -> Path:
+    """The checkpoint of a plug-in's model in the hub's local cache."""
+    from kvbench.models.folders import checkpoint_folder
+
+    try:
+        return checkpoint_folder(entry)
+    except UserError as error:
+        raise UserError(
+            f"the shapes of {entry.name} are not known: give a folder with its config.json,"
+            f" {entry.name}=/folder"
         ) from error
 
 

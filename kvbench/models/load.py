@@ -162,8 +162,18 @@ def _load_bundled(entry: ModelEntry, device: str, dtype: torch.dtype) -> LoadedM
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_device(device)
     module_name, _, function = str(entry.loader).partition(":")
-    module = importlib.import_module(module_name)
-    model, processor, revision = getattr(module, function)(device, dtype)
+    # A plug-in's loader is foreign code: what goes wrong in it must name it.
+    try:
+        module = importlib.import_module(module_name)
+        model, processor, revision = getattr(module, function)(device, dtype)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the loader {entry.loader} of model {entry.name!r} failed "
+            f"({type(error).__name__}: {error}): it must be a function module:name that takes "
+            "(device, dtype) and returns (model, processor, revision)"
+        ) from error
     return LoadedModel(model, processor, entry, revision, Path(str(module.__file__)).parent)
 
 

@@ -121,7 +121,7 @@ def checkpoint_style(apply: Callable[[list[dict[str, object]]], str], *, qwen: b
         for content in ([{"type": "text", "text": text}], text):
             try:
                 rendered = apply([{"role": "user", "content": content}])
-            except Exception:  # a template is foreign code and may raise anything
+            except Exception:  # a template is foreign code and may raise anything  # nosec B112
                 continue
             if text.strip() in rendered and "'type'" not in rendered.replace(text.strip(), ""):
                 return rendered

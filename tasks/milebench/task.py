@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from kvbench.errors import UserError
 from kvbench.tasks.base import Prompt, Sample, Score, Task, TaskData, Tokens
 from kvbench.tasks.milebench.prompt import build_prompt, newline_rule
 from kvbench.tasks.milebench.reader import read_task
@@ -14,6 +15,7 @@ from kvbench.tasks.milebench.scoring import score
 # The official code gives this set's 26 and more options no letters.
 _UNLETTERED = "GPR1200"
 _GENERATORS = {"milebench": "kvbench.tasks.minimile", "easy_vqa": "kvbench.tasks.easy_vqa"}
+_SPLITS = ("milebench",)  # the suites whose generator also draws a calibration split
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,24 @@ class MileBenchTask(Task):
         return newline_rule(prompt.text)
 
     def default_root(self) -> Path:
-        """The generated set of this suite."""
-        module = import_module(_GENERATORS[self.suite])
-        root: Path = module.default_root()
+        """The generated set of this suite.
+
+        Raises:
+            UserError: no set is generated for it, or it can't be written here.
+        """
+        if self.suite not in _GENERATORS:
+            raise UserError(
+                f"task {self.name} brings no data: name its folder with --data-root, or define "
+                "default_root"
+            )
+        root: Path = import_module(_GENERATORS[self.suite]).default_root()
+        return root
+
+    def calibration_root(self, samples: int) -> Path:
+        """The split of the generated set that nobody scores; see `Task.calibration_root`."""
+        if self.suite not in _SPLITS:
+            return super().calibration_root(samples)
+        root: Path = import_module(_GENERATORS[self.suite]).calibration_root(samples)
         return root
 
     def score(self, sample: Sample, answer: str) -> Score:

@@ -6,9 +6,18 @@ from kvbench.tasks.minimile.canvas import IMAGE_SIZE, Pixels
 from kvbench.tasks.minimile.catalog import FOLDERS, INSTRUCTIONS, draw
 from kvbench.tasks.minimile.drawing import Drawing
 from kvbench.tasks.minimile.vocabulary import FACT_VOCABULARY
-from kvbench.tasks.minimile.writer import VERSION, cached_root, default_root, make, sample_rng
+from kvbench.tasks.minimile.writer import (
+    CALIBRATION_SEED,
+    VERSION,
+    cached_root,
+    calibration_root,
+    default_root,
+    make,
+    sample_rng,
+)
 
 __all__ = [
+    "CALIBRATION_SEED",
     "FACT_VOCABULARY",
     "FOLDERS",
     "IMAGE_SIZE",
@@ -17,6 +26,7 @@ __all__ = [
     "Drawing",
     "Pixels",
     "cached_root",
+    "calibration_root",
     "default_root",
     "draw",
     "make",

@@ -20,6 +20,8 @@ VERSION = 1
 MANIFEST = "minimile.json"
 SEED = 0
 SAMPLES = 200
+CALIBRATION_SEED = 9000
+"""The set of this seed is the calibration split, which no task scores."""
 
 
 def sample_rng(split: str, folder: str, seed: int, index: int) -> Random:
@@ -68,6 +70,15 @@ def cached_root(seed: int, samples: int) -> Path:
     root = user_cache_path("kvbench") / f"minimile-{VERSION}-seed{seed}-{samples}"
     build = partial(_build, seed, samples, FOLDERS)
     return create_cached(root, MANIFEST, _manifest(seed, samples, FOLDERS), build)
+
+
+def calibration_root(samples: int) -> Path:
+    """Return the folder of the calibration split in the user's cache, made on first use.
+
+    Raises:
+        UserError: the user's cache folder cannot be written.
+    """
+    return cached_root(CALIBRATION_SEED, samples)
 
 
 def _manifest(seed: int, samples: int, folders: Sequence[str]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_a_drop_fails_and_is_written(
         (["RUN", "/no/such"], "/no/such does not exist"),
         (["/no/such", "RUN"], "/no/such does not exist"),
         (["RUN", "--save", "x.txt"], "end it in .jsonl.gz"),
-        (["RUN", "--save", "/no/such/x.jsonl.gz"], "can't write"),
+        (["RUN", "--save", "/dev/null/x.jsonl.gz"], "can't write"),
         (["RUN", "RUN", "--junit", "/no/such/x.xml"], "can't write"),
     ],
 )

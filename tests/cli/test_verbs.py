@@ -25,7 +25,7 @@ def test_version(invoke: Invoke) -> None:
     ("kind", "words"),
     [
         ("methods", ["akvq_vl", "KIVI", "arXiv 2402.02750", "recent=128"]),
-        ("models", ["smol_llava", "bundled", "llava-hf/llava-v1.6-mistral-7b-hf"]),
+        ("models", ["kvbench.models.smol_llava:load", "llava-hf/llava-v1.6-mistral-7b-hf"]),
         ("tasks", ["ObjectExistence", "easy_vqa", "DQA"]),
     ],
 )

@@ -18,14 +18,14 @@ from kvbench.cli import app
 from kvbench.errors import UserError
 from kvbench.evaluation import calibration as calibration_module
 from kvbench.evaluation import session
-from kvbench.evaluation.calibration import SPLIT_SEED, calibrate, statistics_of
+from kvbench.evaluation.calibration import calibrate, statistics_of
 from kvbench.evaluation.choices import choose_methods, choose_models
 from kvbench.evaluation.progress import Silent
 from kvbench.evaluation.request import CalibrationRequest
 from kvbench.evaluation.rows import SampleRow
 from kvbench.models.find import find_model
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.tasks.minimile import FOLDERS, VERSION, draw, sample_rng
+from kvbench.tasks.minimile import CALIBRATION_SEED, FOLDERS, VERSION, draw, sample_rng
 
 Evaluated = Callable[..., list[SampleRow]]
 GRID: dict[str, Any] = {"methods": "fp16,smoothquant,skvq[window=8]", "tasks": "oe", "limit": 2}
@@ -125,7 +125,7 @@ def test_the_split_shares_no_image_with_the_scored_set() -> None:
             for image in draw(folder, sample_rng("test", folder, seed, index)).images
         }
 
-    scored, split = images(0, 200), images(SPLIT_SEED, 32)
+    scored, split = images(0, 200), images(CALIBRATION_SEED, 32)
     assert len(split) > 32 * 12
     assert not scored & split
 
@@ -143,11 +143,11 @@ def test_prompts_come_from_all_tasks_evenly(
     found = statistics_of(loaded, 14, 0)
     counts = [sum(name == task for name, _ in asked) for task in dict(asked)]
     assert len(asked) == 14 and max(counts) == 2
-    assert {folder for _, folder in asked} == {f"minimile-{VERSION}-seed{SPLIT_SEED}-14"}
+    assert {folder for _, folder in asked} == {f"minimile-{VERSION}-seed{CALIBRATION_SEED}-14"}
     assert found.manifest == {
         "model": "tiny",
         "revision": loaded.revision,
-        "data": f"minimile-{VERSION}-seed{SPLIT_SEED}-14",
+        "data": f"minimile-{VERSION}-seed{CALIBRATION_SEED}-14",
         "seed": "0",
         "prompts": "14",
     }
@@ -212,7 +212,7 @@ def test_the_verb_writes_what_eval_reads(
     result = run("calibrate", "--models", model, "--out", kept, "--samples", 2, "--device", "cpu")
     assert result.stdout.splitlines() == [str(kept / "tiny.safetensors")]
     data = load_calibration(kept / "tiny.safetensors").manifest["data"]
-    assert data == f"minimile-{VERSION}-seed{SPLIT_SEED}-2"
+    assert data == f"minimile-{VERSION}-seed{CALIBRATION_SEED}-2"
     words = ["--methods", "fp16,smoothquant", "--tasks", "oe", "--limit", 1, "--device", "cpu"]
     run(
         "eval", "--models", model, "--data-root", drawn, "--max-new-tokens", 3, *words,

@@ -32,6 +32,7 @@ class Exact:
 
     def __init__(self, splits_prompt: bool) -> None:
         self.splits_prompt = splits_prompt
+        self.concatenates = False
 
     def cache(self, model: Any, protocol: str) -> DynamicCache:
         return DynamicCache(config=model.config)

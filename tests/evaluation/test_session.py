@@ -89,6 +89,7 @@ class Peer:
     label: ClassVar[str] = "peer"
     paper: ClassVar[str] = "-"
     splits_prompt: ClassVar[bool] = False
+    concatenates: ClassVar[bool] = False
 
     def cache(self, model: Any, protocol: str) -> Any:
         raise UserError(f"not under {protocol}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from kvbench.report.regression.baseline import read_outcomes, save_baseline
 from kvbench.report.regression.check import check
 from kvbench.report.regression.junit import junit_xml
-from kvbench.report.regression.result import Limits
+from kvbench.report.regression.result import Comparison, Limits
 from kvbench.report.regression.text import comparison_markdown, comparison_text
 
 __all__ = [
+    "Comparison",
     "Limits",
     "check",
     "comparison_markdown",

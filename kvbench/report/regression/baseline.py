@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from kvbench.errors import UserError
@@ -48,6 +49,8 @@ def save_baseline(outcomes: Iterable[Outcome], path: Path) -> None:
     ordered = sorted(outcomes, key=lambda one: (*dataclasses.astuple(one.cell), one.sample_id))
     text = "".join(to_line(one) + "\n" for one in ordered)
     # Without a time stamp: the file changes only when its content does.
+    with suppress(OSError):  # what is wrong, if anything, shows in the next line
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, gzip.compress(text.encode("utf-8"), mtime=0))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xml.etree import ElementTree
+from xml.etree import ElementTree  # XML is written here, never read  # nosec B405
 
 from kvbench.report.regression.result import Comparison, Line, Method
 from kvbench.report.text import plain
