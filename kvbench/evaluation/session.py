@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.errors import UserError
-from kvbench.evaluation.calibration import calibration_file, statistics_of
+from kvbench.evaluation.calibration import (
+    calibrated,
+    calibration_file,
+    statistics_for,
+    statistics_of,
+)
 from kvbench.evaluation.hardware import load
 from kvbench.evaluation.progress import Progress
 from kvbench.evaluation.request import EvalRequest
@@ -16,7 +22,7 @@ from kvbench.evaluation.runner import BatchRunner, PreparedMethod, Sink
 from kvbench.evaluation.samples import Cell, ask, read_cell
 
 if TYPE_CHECKING:
-    from kvbench.cache import Calibration
+    from kvbench.cache import Calibration, KVQuantizer
     from kvbench.evaluation.choices import MethodChoice
     from kvbench.models.load import LoadedModel
     from kvbench.models.vision import FeatureMemo
@@ -161,21 +167,15 @@ def calibration(
     Raises:
         UserError: they belong to another revision of the model, or can't be read.
     """
-    needing = calibrated_methods(request)
-    if not needing:
+    methods = calibrated(request.methods)
+    if not methods:
         return None
-    from kvbench.cache import load_calibration, save_calibration
+    from kvbench.cache import load_calibration
 
     path = calibration_file(request.calibration or request.out / "calibration", loaded)
-    if request.calibration is None and not path.exists():
-        progress.note(
-            f"calibrating {loaded.entry.name} for {', '.join(needing)} on "
-            f"{request.calibration_samples} samples of minimile's calibration split, "
-            "which no task scores"
-        )
-        # Kept beside the rows: a run that goes on must store the same codes.
-        save_calibration(statistics_of(loaded, request.calibration_samples, request.seed), path)
-    statistics = load_calibration(path)
+    if request.calibration is None:
+        _complete(path, loaded, request, methods, progress)
+    statistics = load_calibration(path, statistics_for(methods))
     made_for = statistics.manifest.get("revision")
     if made_for != loaded.revision:
         raise UserError(
@@ -185,16 +185,32 @@ def calibration(
     return statistics
 
 
-def calibrated_methods(request: EvalRequest) -> list[str]:
-    """The methods that need statistics."""
-    from kvbench.cache import ForeignCache
+def _complete(
+    path: Path,
+    loaded: LoadedModel,
+    request: EvalRequest,
+    methods: Mapping[str, KVQuantizer],
+    progress: Progress,
+) -> None:
+    """Gather what a run's own file of statistics lacks, on the samples it was made with.
 
-    methods = ((choice.spec, choice.quantizer) for choice in request.methods)
-    return [
-        spec
-        for spec, method in methods
-        if not isinstance(method, ForeignCache) and method.needs.statistics
-    ]
+    It lies beside the rows: a run that goes on must store the same codes.
+    """
+    from kvbench.cache import Calibration, load_calibration, save_calibration
+
+    kept = load_calibration(path) if path.exists() else Calibration({})
+    missing = [name for name in statistics_for(methods) if name not in kept.statistics]
+    if not missing:
+        return
+    samples = int(kept.manifest.get("prompts", request.calibration_samples))
+    seed = int(kept.manifest.get("seed", request.seed))
+    progress.note(
+        f"calibrating {loaded.entry.name} for {', '.join(methods)} on {samples} samples of "
+        "minimile's calibration split, which no task scores"
+    )
+    made = statistics_of(loaded, missing, samples, seed)
+    manifest = kept.manifest or made.manifest
+    save_calibration(Calibration({**kept.statistics, **made.statistics}, manifest), path)
 
 
 def _is_peer(choice: MethodChoice) -> bool:

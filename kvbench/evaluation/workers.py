@@ -12,11 +12,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 
 from kvbench.errors import UserError
+from kvbench.evaluation.calibration import calibrated
 from kvbench.evaluation.hardware import load
 from kvbench.evaluation.progress import Progress, Silent
 from kvbench.evaluation.request import EvalRequest
 from kvbench.evaluation.rows import SampleRow
-from kvbench.evaluation.session import Job, Session, calibrated_methods, calibration
+from kvbench.evaluation.session import Job, Session, calibration
 from kvbench.evaluation.store import Store
 
 
@@ -76,7 +77,7 @@ def run_jobs(request: EvalRequest, jobs: Sequence[Job], store: Store, progress: 
     Raises:
         UserError: what a worker raised, or a worker died; rows so far are kept.
     """
-    if calibrated_methods(request):  # once, so that workers find the statistics made
+    if calibrated(request.methods):  # once, so that workers find the statistics made
         for entry in request.models:
             calibration(load(entry, request.device, request.dtype), request, progress)
     known = frozenset(row.key for row in store.rows() if store.has(row.key))
