@@ -167,7 +167,7 @@ class _Patient:
         told = [f"with every token exact {apart:.1g} nats from plain generate"]
         for protocol in PROTOCOLS:
             bound = self.bound(method, protocol)
-            quantizes = any(side.codecs for q in bound.quantizers for side in (q.key, q.value))
+            quantizes = not all(q.is_exact for q in bound.quantizers)
             fault, text = (self._lossy if quantizes else self._lossless)(bound)
             if fault:
                 return Status.FAIL, f"{fault} under {protocol}", _REPORT

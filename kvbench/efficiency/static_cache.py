@@ -246,7 +246,7 @@ class StaticCache:
                 schedule.held[bits][index, rows] = self._ints(segment.lengths)
         if schedule.ring:
             width = max(store.recent.lengths)
-            waiting = store.waiting_bits.data[:, 0, :width]
+            waiting = store.waiting.data[:, 0, :width]
             schedule.waiting[index, rows, :width] = waiting.to(self.device, non_blocking=True)
 
     def _ints(self, values: Lengths) -> Tensor:
