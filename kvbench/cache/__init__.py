@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvbench.cache.calibration import calibrate_statistics, load_calibration, save_calibration
-from kvbench.cache.codecs import Affine, Exact
+from kvbench.cache.codecs import Affine, Exact, check_packable
 from kvbench.cache.contract import (
     DEFERRED,
     EVICTED,
@@ -25,8 +25,10 @@ from kvbench.cache.contract import (
     Window,
 )
 from kvbench.cache.fields import check_fields
+from kvbench.cache.floats import Float8
 from kvbench.cache.folding import folded_values
 from kvbench.cache.foreign import ForeignCache
+from kvbench.cache.hadamard import rotation
 from kvbench.cache.mass import column_mass
 from kvbench.cache.observers import observing
 from kvbench.cache.plans import PivotDetector, PivotSalient, TextSalient, Uniform, filled
@@ -38,8 +40,10 @@ from kvbench.cache.quantized import (
     quantized_cache,
     resolve,
 )
-from kvbench.cache.transforms import ChannelScale, MergeHeads, PromptScale, Rotate
+from kvbench.cache.transforms import ChannelScale, MergeHeads, Orthogonal, PromptScale, Rotate
 from kvbench.cache.windows import HeavyHitters, Residual, Sliding
+from kvbench.kernels.packing import pack, unpack
+from kvbench.kernels.rounding import Rounding
 
 __all__ = [
     "DEFERRED",
@@ -51,6 +55,7 @@ __all__ = [
     "ChannelScale",
     "Codec",
     "Exact",
+    "Float8",
     "ForeignCache",
     "HeavyHitters",
     "KVQuantizer",
@@ -59,6 +64,7 @@ __all__ = [
     "LogitMap",
     "MergeHeads",
     "Needs",
+    "Orthogonal",
     "Packed",
     "PivotDetector",
     "PivotSalient",
@@ -68,6 +74,7 @@ __all__ = [
     "QuantizedCache",
     "Residual",
     "Rotate",
+    "Rounding",
     "RowUsage",
     "SelfAttention",
     "Side",
@@ -80,12 +87,16 @@ __all__ = [
     "bind",
     "calibrate_statistics",
     "check_fields",
+    "check_packable",
     "column_mass",
     "filled",
     "folded_values",
     "load_calibration",
     "observing",
+    "pack",
     "quantized_cache",
     "resolve",
+    "rotation",
     "save_calibration",
+    "unpack",
 ]

@@ -67,6 +67,35 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+class Orthogonal(Transform):
+    """x R with a given orthogonal R, (D, D) or one a key/value head (H, D, D) in float64.
+
+    q R on queries and o Rᵀ on outputs: `side` "key" or "value" says which of them `attend` sees.
+    Computed in float32 (float64 for a float64 model) and cast back.
+    """
+
+    def __init__(self, matrix: Tensor, side: str) -> None:
+        """Keep R."""
+        self._matrix = matrix if matrix.dim() == 3 else matrix[None]
+        self._store = _Constant(self._matrix)
+        self._attend = _Constant(self._matrix if side == "key" else self._matrix.mT.contiguous())
+
+    def store(self, x: Tensor) -> Tensor:
+        """(B, H, n, D) times R."""
+        wide = _wide(x)
+        return (wide @ self._store.like(wide)).to(x.dtype)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """(B, Hq, n, D) times R (queries) or Rᵀ (outputs) of the key/value head."""
+        wide = _wide(x)
+        grouped = _grouped(wide, len(self._matrix)) @ self._attend.like(wide)[:, None]
+        return grouped.flatten(1, 2).to(x.dtype)
+
+    def matrices(self, spec: LayerSpec) -> Tensor:
+        """R for every head."""
+        return self._matrix.expand(spec.num_kv_heads, -1, -1)
+
+
 class Rotate(Transform):
     """x R with an orthogonal R on keys and values, q R on queries, o Rᵀ on outputs.
 
