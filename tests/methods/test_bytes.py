@@ -65,6 +65,23 @@ def without_pivots(length: int, salient: bool) -> int:
     return 2 * (H * ((length - 8) * packed(2) + 8 * EXACT) + 8)
 
 
+def vectors(key: int, value: int) -> Callable[[int, bool], int]:
+    """So many bytes a key and a value of every token."""
+    return lambda length, salient: H * length * (key + value)
+
+
+def oscar(length: int, salient: bool) -> int:
+    """2 sinks and 8 to 15 recent tokens exact: eight leave together."""
+    recent = min(length, 8) + max(length - 8, 0) % 8
+    packed_tokens = max(length - recent - 2, 0)
+    return 2 * (H * ((length - packed_tokens) * EXACT + packed_tokens * packed(2)) + recent)
+
+
+def rotatekv(length: int, salient: bool) -> int:
+    """Three pivots exact at once, others packed; keys know their column."""
+    return 2 * H * (3 * EXACT + (length - 3) * packed(2)) + 4 * length
+
+
 FORMULAS: dict[str, Callable[[int, bool], int]] = {
     "fp16": lambda length, salient: 2 * H * length * EXACT,
     "rtn_int4": rtn(4),
@@ -75,6 +92,16 @@ FORMULAS: dict[str, Callable[[int, bool], int]] = {
     "skvq": skvq,
     "akvq_vl": akvq,
     "rtn_int2_wht_tsa": without_pivots,
+    "fp8": vectors(D + 4, D + 4),
+    "nvfp4": vectors(D // 2 + 1, D // 2 + 1),
+    "quarot_kv": rtn(4),
+    "turboquant_k8v4": vectors(D, D // 2 + 4),
+    "turboquant_4bit_nc": vectors(D // 2 + 2, D // 2 + 4),
+    "turboquant_k3v4_nc": vectors(3 * D // 8 + 2, D // 2 + 4),
+    "turboquant_3bit_nc": vectors(3 * D // 8 + 2, 3 * D // 8 + 4),
+    "turboquant_paper": vectors(3 * D // 8 + 2, 3 * D // 8 + 2),
+    "oscar": oscar,
+    "rotatekv": rotatekv,
 }
 
 
