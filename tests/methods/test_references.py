@@ -6,6 +6,7 @@ and the length of the prompt.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -182,11 +183,143 @@ def _akvq(step: Step, bits: Array, exact: Array) -> tuple[Array, Array]:
     return sides[0], sides[1]
 
 
+def e4m3(x: Array) -> Array:
+    """The nearest of 3-bit mantissas with exponents from -6, up to 448."""
+    exponent = np.clip(np.floor(np.log2(np.maximum(np.abs(x), 1e-30))), -6, 8)
+    step = 2.0 ** (exponent - 3)
+    return np.clip(np.rint(x / step) * step, -448, 448)
+
+
+def fp8(step: Step) -> tuple[Array, Array]:
+    sides = []
+    for x in (step.keys, step.values):
+        scale = (np.abs(x).max(-1, keepdims=True) / 448).astype(np.float32)
+        sides.append(e4m3(x / scale) * scale)
+    return sides[0], sides[1]
+
+
+def fp8_static(step: Step) -> tuple[Array, Array]:
+    return e4m3(step.keys / 0.01) * 0.01, e4m3(step.values / 0.01) * 0.01
+
+
+def nvfp4(step: Step) -> tuple[Array, Array]:
+    """A head is one block of 16."""
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    sides = []
+    for name, x in (("key", step.keys), ("value", step.values)):
+        whole = STATISTICS[f"{name}_absmax"].max() / 448
+        block = e4m3(np.abs(x).max(-1, keepdims=True) / 6 / whole) * whole
+        code = np.abs(np.abs(x / block)[..., None] - levels).argmin(-1)
+        sides.append(np.sign(x) * levels[code] * block)
+    return sides[0], sides[1]
+
+
+ROTATION = hadamard(WIDTH) / np.sqrt(WIDTH)
+
+
+def quarot(step: Step) -> tuple[Array, Array]:
+    keys, values = (
+        by_token(x @ ROTATION, 16, 4, clip=0.95, integer=True) @ ROTATION.T
+        for x in (step.keys, step.values)
+    )
+    return keys, values
+
+
+@functools.cache
+def centroids(bits: int, order: int) -> Array:
+    """Lloyd's iteration on a fine grid; the law of a unit vector's coordinate, or a normal one."""
+    if order:
+        x = np.linspace(-np.sqrt(order), np.sqrt(order), 400_001)
+        density = np.maximum(1 - x * x / order, 0) ** ((order - 3) / 2)
+    else:
+        x = np.linspace(-9, 9, 400_001)
+        density = np.exp(-x * x / 2)
+    mass, moment = (np.concatenate(([0.0], np.cumsum(y))) for y in (density, density * x))
+    found = np.quantile(x[np.abs(x) < 3], (np.arange(2**bits) + 0.5) / 2**bits)
+    for _ in range(400):
+        cuts = np.searchsorted(x, (found[1:] + found[:-1]) / 2)
+        edges = np.concatenate(([0], cuts, [len(x)]))
+        found = np.diff(moment[edges]) / np.diff(mass[edges])
+    return np.asarray(found)
+
+
+def in_codebook(x: Array, bits: int, *, corrected: bool, order: int) -> Array:
+    """Rotated, each direction rounded to the codebook, and turned back."""
+    norm = np.linalg.norm(x, axis=-1, keepdims=True)
+    table = centroids(bits, order)
+    unit = x @ ROTATION / norm * np.sqrt(WIDTH)
+    chosen = table[np.abs(unit[..., None] - table).argmin(-1)]
+    size = np.linalg.norm(chosen, axis=-1, keepdims=True) if corrected else np.sqrt(WIDTH)
+    return np.asarray(half(norm) * chosen / size @ ROTATION.T)
+
+
+def turboquant(step: Step) -> tuple[Array, Array]:
+    keys = in_codebook(step.keys, 3, corrected=True, order=0)
+    return keys, by_token(step.values, 16, 4, integer=False)
+
+
+def turboquant_k8v4(step: Step) -> tuple[Array, Array]:
+    return e4m3(step.keys), by_token(step.values, 16, 4, integer=False)
+
+
+def turboquant_paper(step: Step) -> tuple[Array, Array]:
+    keys, values = (
+        in_codebook(x, 2, corrected=False, order=WIDTH) for x in (step.keys, step.values)
+    )
+    return keys, values
+
+
+def oscar(step: Step) -> tuple[Array, Array]:
+    """2 sinks, 8 to 15 recent tokens; groups of 8 clamped to their |x| of rank 7."""
+    recent = min(step.length, 8) + max(step.length - 8, 0) % 8
+    sides = []
+    for x, statistic in (
+        (step.keys, "query_second_moment"),
+        (step.values, "value_second_moment"),
+    ):
+        moment = STATISTICS[statistic][0].mean(0)
+        values, vectors = np.linalg.eigh(moment)
+        turned = vectors @ ROTATION
+        turn = np.empty_like(turned)
+        for place, channel in enumerate(np.argsort(-values)):
+            turn[:, int(f"{place:04b}"[::-1], 2)] = turned[:, channel]
+        stored = x @ turn
+        for head, token in np.ndindex(stored.shape[:2]):
+            if min(2, step.prompt) <= token < step.length - recent:
+                for group in stored[head, token].reshape(2, 8):
+                    limit = np.sort(np.abs(group))[{"q": 5, "v": 7}[statistic[0]]]
+                    group[:] = grid(np.clip(group, -limit, limit), 2, integer=False)
+        sides.append(stored @ turn.T)
+    return sides[0], sides[1]
+
+
+def rotatekv(step: Step) -> tuple[Array, Array]:
+    """Both heads turned together before RoPE and sorted; the 3 largest elements' tokens exact."""
+    positions = np.arange(step.length)
+    both = hadamard(2 * WIDTH) / np.sqrt(2 * WIDTH)
+    order = np.argsort(np.concatenate(list(STATISTICS["key_mean"][0])) @ both)
+    largest = np.argsort(-np.abs(step.residual[: step.prompt]).ravel())[:3]
+    packed = ~np.isin(positions, largest // step.residual.shape[1])
+    keys = np.concatenate(list(turn(step.keys, -positions)), -1) @ both
+    values = step.values @ ROTATION
+    for token in np.flatnonzero(packed):
+        cut = slice(token, token + 1)
+        sorted_keys = by_token(keys[None, cut, order], 8, 2, clip=0.8, integer=True)
+        keys[token, order] = sorted_keys[0, 0]
+        values[:, cut] = by_token(values[:, cut], 8, 2, clip=0.8, integer=True)
+    heads = np.stack(np.split(keys @ both.T, KV_HEADS, -1))
+    return turn(heads, positions), values @ ROTATION.T
+
+
 _SOURCE = np.random.default_rng(5)
 STATISTICS = {
     name: _SOURCE.uniform(0.3, 4, (1, KV_HEADS, WIDTH)).astype(np.float32).astype(np.float64)
     for name in ("key_absmax", "query_absmax", "value_absmax", "output_weight_absmax")
 }
+STATISTICS["key_mean"] = _SOURCE.normal(size=(1, KV_HEADS, WIDTH))
+for _name in ("query_second_moment", "value_second_moment"):
+    _spread = _SOURCE.normal(size=(1, KV_HEADS, 40, WIDTH)) * _SOURCE.uniform(0.1, 5, WIDTH)
+    STATISTICS[_name] = (_spread.swapaxes(-1, -2) @ _spread).astype(np.float32).astype(np.float64)
 # Three kinds of channel, far apart in (min, max), so that any k-means finds them.
 _KINDS = {
     "key": _SOURCE.permutation([0] * 20 + [1] * 9 + [2] * 3),
@@ -211,6 +344,15 @@ REFERENCES: dict[str, tuple[str, bool, Callable[[Step], tuple[Array, Array]]]] =
         kivi_without_prompt_residual,
     ),
     "skvq": ("skvq[group_size=11,window=8,sinks=2]", False, skvq),
+    "fp8": ("fp8", False, fp8),
+    "fp8_static": ("fp8[static=0.01]", False, fp8_static),
+    "nvfp4": ("nvfp4", False, nvfp4),
+    "quarot_kv": ("quarot_kv", False, quarot),
+    "turboquant": ("turboquant_k3v4_nc", False, turboquant),
+    "turboquant_k8v4": ("turboquant_k8v4", False, turboquant_k8v4),
+    "turboquant_paper": ("turboquant_paper[bits=2,rotation=hadamard]", False, turboquant_paper),
+    "oscar": ("oscar[group_size=8,sinks=2,recent=8,key_keep=0.7]", False, oscar),
+    "rotatekv": ("rotatekv[group_size=8,pivots=3]", False, rotatekv),
     "akvq_text": ("akvq_vl[recent=8,pivots=3,group_size=8]", True, akvq_text_salient),
     "akvq_pivot": ("akvq_vl[recent=8,pivots=3,group_size=8]", False, akvq_pivot_salient),
 }
