@@ -10,6 +10,7 @@ from kvbench.cache.contract import (
     EXACT,
     Calibration,
     Codec,
+    DeferringPlan,
     KVQuantizer,
     LayerQuantizer,
     LayerSpec,
@@ -29,7 +30,7 @@ from kvbench.cache.floats import Float8
 from kvbench.cache.folding import folded_values
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.hadamard import rotation
-from kvbench.cache.mass import column_mass
+from kvbench.cache.mass import column_mass, seen_by
 from kvbench.cache.observers import observing
 from kvbench.cache.plans import PivotDetector, PivotSalient, TextSalient, Uniform, filled
 from kvbench.cache.quantized import (
@@ -54,6 +55,7 @@ __all__ = [
     "Calibration",
     "ChannelScale",
     "Codec",
+    "DeferringPlan",
     "Exact",
     "Float8",
     "ForeignCache",
@@ -98,5 +100,6 @@ __all__ = [
     "resolve",
     "rotation",
     "save_calibration",
+    "seen_by",
     "unpack",
 ]

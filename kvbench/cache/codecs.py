@@ -100,7 +100,7 @@ class Affine:
                 f"{channels} channels can't be cut into groups of {sizes}; choose a group size "
                 "that divides them."
             )
-        if not isinstance(sizes, int) and sum(sizes) != channels:
+        if isinstance(sizes, tuple) and sum(sizes) != channels:
             raise UserError(f"groups of {sum(sizes)} channels don't cover {channels} channels.")
 
     def bits_per_element(self, channels: int) -> float:

@@ -15,8 +15,8 @@ def column_mass(tokens: Tokens, probes: Tensor | None = None) -> Tensor:
     """(B, H, n) float32: attention that each token draws from the tokens' own queries.
 
     Causal, without padding, and summed over the query heads that share a key head. `probes`, (B, P)
-    int64, are the columns of the queries that count, repeats allowed; None: all. Zeros, for one
-    head, where `tokens.attention` is None: nothing has run and only sizes are asked for.
+    int64, are the columns of the queries that count, repeats allowed, -1 for none; None: all.
+    Zeros, for one head, where `tokens.attention` is None: only sizes are asked for.
     """
     states = tokens.attention
     if states is None:
@@ -30,9 +30,22 @@ def column_mass(tokens: Tokens, probes: Tensor | None = None) -> Tensor:
         visible = valid[:, None] & (columns <= index[..., None])
         if states.sliding_window:
             visible &= columns > index[..., None] - states.sliding_window
-        query = states.query.take_along_dim(index[:, None, :, None], 2)
+        query = states.query.take_along_dim(index.clamp_min(0)[:, None, :, None], 2)
         total += drawn(query, states.keys, visible[:, None], states.scaling, states.softcap)
     return total
+
+
+def seen_by(tokens: Tokens, probes: Tensor) -> Tensor:
+    """(B, n) int64 on the probes' device: how many of the (B, P) probes see each token."""
+    rows, count = tokens.valid.shape
+    marks = torch.zeros(rows, count + 1, dtype=torch.int64, device=probes.device)
+    # Probes of -1 count in a column of their own.
+    marks.scatter_add_(1, probes % (count + 1), torch.ones_like(probes))
+    later = marks[:, :count].flip(1).cumsum(1).flip(1)
+    window = tokens.attention.sliding_window if tokens.attention else None
+    if window and window < count:
+        later[:, :-window] -= later[:, window:].clone()
+    return later
 
 
 def block_size(logits: int) -> int:

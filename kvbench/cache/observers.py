@@ -123,8 +123,8 @@ class _Hooks:
 
 def _observed(kwargs: dict[str, Any]) -> Observed | None:
     # transformers 5.24 calls `past_key_values` `cache`; models outside it keep the older name.
-    caches = (kwargs.get(name) for name in ("past_key_values", "cache"))
-    return next((c.observed for c in caches if hasattr(c, "observed")), None)
+    cache = kwargs.get("past_key_values", kwargs.get("cache"))
+    return getattr(cache, "observed", None)
 
 
 _HOOKS: weakref.WeakKeyDictionary[nn.Module, _Hooks] = weakref.WeakKeyDictionary()

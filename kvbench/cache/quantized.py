@@ -161,7 +161,8 @@ def bind(
     quantizers = tuple(resolved.layer(spec, calibration) for spec in specs)
     for quantizer, spec in zip(quantizers, specs, strict=True):
         _check_layer(quantizer, spec)
-        if protocol == "sparse_prefill" and (not quantizer.sparse_tiers or quantizer.heads_apart):
+        sparse = bool(quantizer.sparse_tiers) and not quantizer.heads_apart
+        if protocol == "sparse_prefill" and not (sparse or quantizer.is_exact):
             raise UserError(f"{resolved.label} has no sparse prefill; use another protocol.")
     use_kvbench_attention(model)
     return BoundMethod(model, quantizers, tuple(specs), resolved, protocol)

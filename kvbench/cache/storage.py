@@ -12,6 +12,7 @@ from torch import Tensor
 from kvbench.cache.codecs import Exact
 from kvbench.cache.contract import (
     DEFERRED,
+    EVICTED,
     EXACT,
     Codec,
     LayerSpec,
@@ -219,9 +220,9 @@ class SideStore:
         old = tuple(max(a - b, 0) for a, b in zip(self.recent.lengths, newest, strict=True))
         known = scores.data[:, 0]
         ranks = known.masked_fill(~within(old, known.shape[1], known.device), torch.inf)
-        rank = ranks.argsort(1, stable=True).argsort(1)
+        rank = ranks.argsort(dim=1, stable=True).argsort(1)
         leaves = rank < torch.tensor(leave).to(known.device, non_blocking=True)[:, None]
-        return (~leaves).long().argsort(1, stable=True)
+        return (~leaves).long().argsort(dim=1, stable=True)
 
     def reorder(self, order: Tensor) -> None:
         """Put the tokens in the window in another order, (B, n) int64."""
@@ -230,6 +231,12 @@ class SideStore:
             self.scores = self.scores.taken(order, self.scores.lengths)
         if self._tiers.data.numel() and bool((self._tiers.data != self._tiers.data[0, 0, 0]).any()):
             self._tiers = self._tiers.taken(order.cpu(), self._tiers.lengths)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a token that is about to leave has no tier yet."""
+        width = max(self.leaving)
+        return bool((self._tiers.data[:, :, :width] == DEFERRED).any())
 
     def settle(self, tiers: Tensor) -> None:
         """Give the tokens about to leave (B, n) int8 tiers, where theirs were deferred."""
@@ -311,6 +318,8 @@ class SideStore:
     def _distribute(self, states: Ragged, slots: Ragged | None, tiers: Ragged) -> None:
         values = tiers.data[:, 0, : max(states.lengths)].numpy().tobytes()
         for target, counts, index in _partition(values, states.lengths, states.data.device):
+            if target == EVICTED:
+                continue
             segment = self._segment(target)
             if index is None:
                 segment.append(states, slots)

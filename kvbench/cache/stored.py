@@ -174,7 +174,8 @@ class StoredLayer(CacheLayerMixin):
             self.tokens[row] += count
         tiers = self._planned(tokens, first)
         if self.protocol == "sparse_prefill":
-            step.sparse = ~sum(tiers == tier for tier in self.quantizer.sparse_tiers).bool()
+            unimportant = torch.tensor(self.quantizer.sparse_tiers, dtype=tiers.dtype)
+            step.sparse = ~torch.isin(tiers, unimportant)
             step.sparse[:, -1] = True
             step.sparse &= tokens.valid
         kept = tokens.valid.repeat_interleave(self._heads, 0)
@@ -243,8 +244,8 @@ class StoredLayer(CacheLayerMixin):
         if order is not None:
             for store in stores:
                 store.reorder(order)
-        if self._defers and max(leave := keys.leaving):
-            plan = cast(DeferringPlan, self.quantizer.plan)
+        if self._defers and keys.undecided:
+            plan, leave = cast(DeferringPlan, self.quantizer.plan), keys.leaving
             newest = replace(attention, query=attention.query[:, :, -1:])
             mass = self._recent_mass(newest)[:, : max(leave)]
             tiers = plan.settle(mass, leave).to("cpu", torch.int8)

@@ -22,6 +22,7 @@ OTHER: dict[str, str] = {
     "alpha": "0.25",
     "clip": "0.75",
     "text_clip": "0.9",
+    "base": "rtn_int4",
 }
 
 
@@ -62,6 +63,7 @@ BAD = {
     int: ["1.5", "many", "", "1e3"],
     float: ["half", "nan", "inf"],
     bool: ["2", "maybe"],
+    str: ["no_such_method"],
 }
 
 
