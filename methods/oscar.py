@@ -139,6 +139,9 @@ def eigen_rotation(moment: Tensor) -> Tensor:
     """R = U H P (D, D) float64 of a second moment (D, D)."""
     order = moment.shape[0]
     vectors = torch.linalg.eigh((moment + moment.mT) / 2).eigenvectors
+    # An eigenvector's sign is the library's whim: let its largest number be positive.
+    largest = vectors.abs().argmax(0, keepdim=True)
+    vectors = vectors * vectors.gather(0, largest).sign()
     turned = vectors @ rotation(order)
     if order & (order - 1):
         return turned

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import cumulative_trapezoid
 from scipy.linalg import hadamard
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -234,12 +235,12 @@ def centroids(bits: int, order: int) -> Array:
     else:
         x = np.linspace(-9, 9, 400_001)
         density = np.exp(-x * x / 2)
-    mass, moment = (np.concatenate(([0.0], np.cumsum(y))) for y in (density, density * x))
+    mass, moment = (cumulative_trapezoid(y, x, initial=0) for y in (density, density * x))
     found = np.quantile(x[np.abs(x) < 3], (np.arange(2**bits) + 0.5) / 2**bits)
-    for _ in range(400):
-        cuts = np.searchsorted(x, (found[1:] + found[:-1]) / 2)
-        edges = np.concatenate(([0], cuts, [len(x)]))
-        found = np.diff(moment[edges]) / np.diff(mass[edges])
+    for _ in range(1000):
+        edges = np.concatenate((x[:1], (found[1:] + found[:-1]) / 2, x[-1:]))
+        between = (np.diff(np.interp(edges, x, whole)) for whole in (moment, mass))
+        found = np.divide(*between)
     return np.asarray(found)
 
 
@@ -270,16 +271,17 @@ def turboquant_paper(step: Step) -> tuple[Array, Array]:
 
 
 def oscar(step: Step) -> tuple[Array, Array]:
-    """2 sinks, 8 to 15 recent tokens; groups of 8 clamped to their |x| of rank 7."""
+    """2 sinks, 8 to 15 recent tokens; groups of 8 clamped to |x| of rank 5 (keys) and 7."""
     recent = min(step.length, 8) + max(step.length - 8, 0) % 8
     sides = []
-    for x, statistic in (
-        (step.keys, "query_second_moment"),
-        (step.values, "value_second_moment"),
+    for x, statistic, rank in (
+        (step.keys, "query_second_moment", 5),
+        (step.values, "value_second_moment", 7),
     ):
         moment = STATISTICS[statistic][0].mean(0)
         values, vectors = np.linalg.eigh(moment)
-        turned = vectors @ ROTATION
+        signs = [np.sign(column[np.abs(column).argmax()]) for column in vectors.T]
+        turned = vectors * signs @ ROTATION
         turn = np.empty_like(turned)
         for place, channel in enumerate(np.argsort(-values)):
             turn[:, int(f"{place:04b}"[::-1], 2)] = turned[:, channel]
@@ -287,7 +289,7 @@ def oscar(step: Step) -> tuple[Array, Array]:
         for head, token in np.ndindex(stored.shape[:2]):
             if min(2, step.prompt) <= token < step.length - recent:
                 for group in stored[head, token].reshape(2, 8):
-                    limit = np.sort(np.abs(group))[{"q": 5, "v": 7}[statistic[0]]]
+                    limit = np.sort(np.abs(group))[rank]
                     group[:] = grid(np.clip(group, -limit, limit), 2, integer=False)
         sides.append(stored @ turn.T)
     return sides[0], sides[1]
