@@ -82,6 +82,23 @@ def rotatekv(length: int, salient: bool) -> int:
     return 2 * H * (3 * EXACT + (length - 3) * packed(2)) + 4 * length
 
 
+def vidkv(key: int, value: int) -> Callable[[int, bool], int]:
+    """So many bytes a block of 8 tokens; the order of the channels is int16."""
+
+    def total(length: int, salient: bool) -> int:
+        exact = (length - PROMPT // 8 * 8) % 16
+        blocks = (length - exact) // 8
+        return H * (blocks * (key + value) + 2 * exact * EXACT) + 2 * exact + 2 * D
+
+    return total
+
+
+def calibquant(length: int, salient: bool) -> int:
+    """A bit for each number of vision tokens, two float16 numbers a channel for all of them."""
+    vision = len(VISION)
+    return 2 * H * (vision * D // 8 + 4 * D + (length - vision) * EXACT)
+
+
 FORMULAS: dict[str, Callable[[int, bool], int]] = {
     "fp16": lambda length, salient: 2 * H * length * EXACT,
     "rtn_int4": rtn(4),
@@ -102,6 +119,10 @@ FORMULAS: dict[str, Callable[[int, bool], int]] = {
     "turboquant_paper": vectors(3 * D // 8 + 2, 3 * D // 8 + 2),
     "oscar": oscar,
     "rotatekv": rotatekv,
+    # 8 channels of 2 bits and 8 coefficients of 1; 128 codes in 26 bytes.
+    "vidkv": vidkv(8 * 2 + 8 * 4 + 8 + 8 * 2, 26 + 16 * 2),
+    "vidkv_as_shipped": vidkv(8 * 2 + 8 * 4 + 16 + 16 * 2, 32 + 16 * 2),
+    "calibquant": calibquant,
 }
 
 

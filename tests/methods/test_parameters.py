@@ -17,7 +17,11 @@ OTHER: dict[str, str] = {
     # A value that differs from every method's default, where the type alone doesn't give one.
     "bits": "8",
     "text_bits": "8",
-    "group_size": "32",
+    "group_size": "16",
+    "heads": "2",
+    "static": "1.0",
+    "salient": "0.25",
+    "key_bits": "1.25",
     "residual": "256",
     "alpha": "0.25",
     "clip": "0.75",
@@ -89,7 +93,7 @@ OUT_OF_RANGE = [
     *(
         f"{name}[bits={bits}]"
         for name in ("rtn_int4", "kivi", "skvq[reorder=false]", "akvq_vl")
-        for bits in (0, -1, 3, 5, 16)
+        for bits in (0, -1, 5, 6, 16)
     ),
     *(f"{name}[group_size={size}]" for name in ("rtn_int4", "kivi", "akvq_vl") for size in (0, -8)),
     "rtn_int4[group_size=7]",
@@ -108,7 +112,7 @@ OUT_OF_RANGE = [
     "akvq_vl[clip=0]",
     "akvq_vl[text_clip=2]",
     "akvq_vl[bits=4]",  # as text_bits
-    "akvq_vl[text_bits=3]",
+    "akvq_vl[text_bits=5]",
     "akvq_vl[flush_every=0]",
     "skvq[reorder=false,window=-1]",
     "skvq[reorder=false,sinks=-1]",
@@ -117,8 +121,28 @@ OUT_OF_RANGE = [
     "skvq[reorder=false,group_size=0]",
     "smoothquant[alpha=-0.1]",
     "smoothquant[alpha=1.1]",
-    "smoothquant[bits=3]",
+    "smoothquant[bits=5]",
     "smoothquant[group_size=0]",
+    "fp8[static=-1.0]",
+    "nvfp4[static=-1.0]",
+    "quarot_kv[bits=6]",
+    "quarot_kv[clip=0]",
+    "turboquant_3bit_nc[skip_layers=-1]",
+    "turboquant_paper[seed=-1]",
+    "oscar[sinks=-1]",
+    "oscar[recent=-1]",
+    "oscar[flush_every=0]",
+    "oscar[key_keep=1.5]",
+    "oscar[value_keep=-0.1]",
+    "oscar[group_size=0]",
+    "rotatekv[heads=3]",
+    "rotatekv[pivots=-1]",
+    "rotatekv[clip=0]",
+    "vidkv[key_bits=2.0]",
+    "vidkv[residual=100]",
+    "vidkv[salient=1.5]",
+    "calibquant[key_shrink=0]",
+    "calibquant[value_shrink=1.5]",
 ]
 
 
@@ -156,6 +180,20 @@ def test_values_out_of_range_are_refused_when_the_cache_is_made(
         "smoothquant[alpha=0.0]",
         "smoothquant[alpha=1.0,zero=float]",
         "rtn_int4[bits=1]",
+        "rtn_int4[bits=3]",
+        "kivi[bits=3,group_size=8,residual=8]",
+        "fp8[kind=e5m2]",
+        "fp8[static=0.5]",
+        "nvfp4[static=1.0]",
+        "quarot_kv[zero=symmetric]",
+        "turboquant_4bit_nc[skip_layers=0,rotate_values=true,norm_correction=false]",
+        "turboquant_paper[bits=1,norm_correction=true]",
+        "oscar[sinks=4,recent=12,per_head=true]",
+        "oscar[sinks=0,recent=0,rotation=identity,group_size=8]",
+        "rotatekv[heads=1,bits=3,compat_divisor=true]",
+        "rotatekv[reorder=false,pivots=0]",
+        "vidkv[group_size=8,residual=16,fourier=false]",
+        "vidkv[group_size=8,residual=16,key_bits=1.5,compat=as_shipped]",
         "rtn_int4[group_over_heads=true,group_size=32]",
     ],
 )
