@@ -112,9 +112,8 @@ class MixedChannels:
         if not self.fourier:
             return rows
         if self.compat == "as_shipped":
-            return torch.fft.ifft(
-                torch.view_as_complex(rows.unflatten(-1, (-1, 2))), norm="ortho"
-            ).real
+            pairs = torch.view_as_complex(rows.unflatten(-1, (-1, 2)))
+            return torch.fft.ifft(pairs, norm="ortho").real
         width = rows.shape[-1]
         real, imaginary = rows.split((width // 2 + 1, (width - 1) // 2), -1)
         imaginary = pad(imaginary, (1, width // 2 - (width - 1) // 2))
@@ -244,9 +243,8 @@ class SalientVision:
             if count and bool(text.any()):
                 mean = stream[text.to(stream.device)].mean(0)
                 scores = stream[places.to(stream.device)] @ mean
-                tiers[
-                    row, places[scores.argsort(dim=0, descending=True, stable=True)[:count].cpu()]
-                ] = 2
+                order = scores.argsort(dim=0, descending=True, stable=True)
+                tiers[row, places[order[:count].cpu()]] = 2
         return tiers
 
     def generated(self, tokens: Tokens) -> Tensor:

@@ -313,6 +313,87 @@ def rotatekv(step: Step) -> tuple[Array, Array]:
     return turn(heads, positions), values @ ROTATION.T
 
 
+def vidkv(step: Step, salient: bool = False) -> tuple[Array, Array]:
+    """Groups of 8 tokens; packed are the prompt's whole groups, then 16 tokens at a time."""
+    held = step.prompt // 8 * 8
+    before = max(step.length - 1, step.prompt) if step.decoding else step.length
+    packed = held + (before - held) // 16 * 16
+    keys, values = step.keys.copy(), step.values.copy()
+    spread = np.ptp(keys[:, : step.prompt], axis=(0, 1))
+    order = np.argsort(-spread, kind="stable")
+    groups = [np.arange(start, start + 8) for start in range(0, packed, 8)]
+    chosen = np.array([], dtype=int)
+    if salient:
+        vision = np.flatnonzero(step.vision[:held])
+        text = step.residual[: step.prompt][~step.vision[: step.prompt]]
+        count = int(0.8 * len(vision)) // 8 * 8
+        scores = step.residual[vision] @ text.mean(0) if count else vision
+        chosen = np.sort(vision[np.argsort(-scores, kind="stable")[:count]])
+        rest = np.setdiff1d(np.arange(packed), chosen)
+        groups = [*rest.reshape(-1, 8), *chosen.reshape(-1, 8)]
+    for group in groups:
+        for head in range(KV_HEADS):
+            block = keys[head][np.ix_(group, order)]
+            for channel in range(8):
+                block[:, channel] = grid(block[:, channel], 2, integer=False)
+            rows = np.fft.rfft(block[:, 8:], norm="ortho")
+            rows = signs(rows.real) + 1j * signs(rows.imag * [0, 1, 1, 1, 0])
+            block[:, 8:] = np.fft.irfft(rows, n=8, norm="ortho")
+            keys[head][np.ix_(group, order)] = block
+            value = values[head][group]
+            if len(chosen) and group[0] in chosen:
+                value = np.stack([grid(column, 2, integer=False) for column in value.T], 1)
+            else:
+                size = half(np.abs(value).mean(0))
+                value = np.sign(value) * (np.abs(value) > 0.7 * size) * size
+            values[head][group] = value
+    return keys, values
+
+
+def signs(rows: Array) -> Array:
+    """Each number ± the mean magnitude of its column."""
+    return np.where(rows >= 0, 1, -1) * half(np.abs(rows).mean(0))
+
+
+def vidkv_salient(step: Step) -> tuple[Array, Array]:
+    return vidkv(step, salient=True)
+
+
+def vidkv_as_shipped(step: Step) -> tuple[Array, Array]:
+    """Signs and scales lost, as in the released code."""
+    held = step.prompt // 8 * 8
+    before = max(step.length - 1, step.prompt) if step.decoding else step.length
+    keys, values = step.keys.copy(), step.values.copy()
+    order = np.argsort(-np.ptp(keys[:, : step.prompt], axis=(0, 1)), kind="stable")
+    for start in range(0, held + (before - held) // 16 * 16, 8):
+        cut = slice(start, start + 8)
+        for head in range(KV_HEADS):
+            block = keys[head, cut][:, order]
+            for channel in range(8):
+                block[:, channel] = grid(block[:, channel], 2, integer=False)
+            rows = np.fft.fft(block[:, 8:])
+            parts = [(x >= 0) * np.abs(x / np.sqrt(8)).mean(0) for x in (rows.real, rows.imag)]
+            real, imaginary = (half(x) for x in parts)
+            block[:, 8:] = np.fft.ifft((real + 1j * imaginary) * np.sqrt(8)).real
+            keys[head, cut, order] = block.T
+            value = values[head, cut]
+            value[:] = np.sign(value) * (np.abs(value) > 0.5 * half(np.abs(value).mean(0)))
+    return keys, values
+
+
+def calibquant(step: Step) -> tuple[Array, Array]:
+    """Vision tokens of the prompt at the nearer of two levels a channel."""
+    vision = np.flatnonzero(step.vision[: step.prompt])
+    sides = []
+    for x, shrink in ((step.keys, 0.5), (step.values, 0.3)):
+        stored = x.copy()
+        for head, channel in np.ndindex(KV_HEADS, WIDTH) if len(vision) else ():
+            column = x[head, vision, channel]
+            stored[head, vision, channel] = grid(column, 1, clip=shrink, integer=False)
+        sides.append(stored)
+    return sides[0], sides[1]
+
+
 _SOURCE = np.random.default_rng(5)
 STATISTICS = {
     name: _SOURCE.uniform(0.3, 4, (1, KV_HEADS, WIDTH)).astype(np.float32).astype(np.float64)
@@ -355,6 +436,14 @@ REFERENCES: dict[str, tuple[str, bool, Callable[[Step], tuple[Array, Array]]]] =
     "turboquant_paper": ("turboquant_paper[bits=2,rotation=hadamard]", False, turboquant_paper),
     "oscar": ("oscar[group_size=8,sinks=2,recent=8,key_keep=0.7]", False, oscar),
     "rotatekv": ("rotatekv[group_size=8,pivots=3]", False, rotatekv),
+    "vidkv": ("vidkv[group_size=8,residual=16]", False, vidkv),
+    "vidkv_salient": ("vidkv[group_size=8,residual=16,salient=0.8]", False, vidkv_salient),
+    "vidkv_shipped": (
+        "vidkv_as_shipped[group_size=8,residual=16]",
+        False,
+        vidkv_as_shipped,
+    ),
+    "calibquant": ("calibquant[calibrate=false]", False, calibquant),
     "akvq_text": ("akvq_vl[recent=8,pivots=3,group_size=8]", True, akvq_text_salient),
     "akvq_pivot": ("akvq_vl[recent=8,pivots=3,group_size=8]", False, akvq_pivot_salient),
 }
