@@ -154,7 +154,7 @@ def test_code_width_is_what_was_asked_for() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("zero", "metadata"), METADATA)
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_stored_bytes_equal_bits_per_element(
     bits: int, zero: str, metadata: str, layout: str
 ) -> None:
