@@ -15,6 +15,7 @@ from kvbench.cache import (
     KVQuantizer,
     LayerQuantizer,
     LayerSpec,
+    LogitMap,
     Needs,
     Side,
     TextSalient,
@@ -61,7 +62,9 @@ class CalibQuant:
 
     def layer(self, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
         """Two codecs for vision tokens, and what becomes of their logits."""
-        maps = {self.bits: self._remapped} if self.calibrate and self.bits <= 2 else {}
+        maps: dict[int, LogitMap] = {}
+        if self.calibrate and self.bits <= 2:
+            maps[self.bits] = self._remapped
         return LayerQuantizer(
             Side({self.bits: self._codec(self.key_shrink)}),
             Side({self.bits: self._codec(self.value_shrink)}),

@@ -317,7 +317,8 @@ class VidKV:
         window = Residual(self.residual, prompt_block=self.group_size)
         key: Codec = MixedChannels(self.group_size, high, self.compat, self.fourier)
         ternary = Ternary(self.group_size, 0.5 if self.compat == "as_shipped" else 0.7, self.compat)
-        keys, values = {1: key}, {1: ternary}
+        keys: dict[int, Codec] = {1: key}
+        values: dict[int, Codec] = {1: ternary}
         plan: Plan = Uniform(1)
         if self.salient:
             keys[2] = key

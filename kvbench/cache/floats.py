@@ -32,11 +32,12 @@ class Float8:
     def encode(self, x: Tensor) -> Packed:
         """(B, H, n, C) to bytes (B, H, n, C) and, without a fixed scale, scales (B, H, n, 1)."""
         wide, largest = x.float(), torch.finfo(_KINDS[self.kind]).max
+        meta: Packed = ()
         if self.scale is None:
             scale = (wide.abs().amax(-1, keepdim=True) / largest).clamp_min(1e-6)
             wide, meta = wide / scale, (scale,)
         else:
-            wide, meta = wide / self.scale, ()
+            wide = wide / self.scale
         # A plain cast makes NaN of what is too large.
         codes = wide.clamp(-largest, largest).to(_KINDS[self.kind])
         return codes.view(torch.uint8), *meta

@@ -13,8 +13,9 @@ from kvbench.registry import TASKS
 
 if TYPE_CHECKING:
     from kvbench.cache import Calibration, KVQuantizer
+    from kvbench.evaluation.choices import MethodChoice
     from kvbench.evaluation.progress import Progress
-    from kvbench.evaluation.request import CalibrationRequest, MethodChoice
+    from kvbench.evaluation.request import CalibrationRequest
     from kvbench.models.load import LoadedModel
 
 SPLIT_SEED = 9000

@@ -15,10 +15,8 @@ from kvbench.kernels.packing import pack, unpack
 @st.composite
 def codes(draw: st.DrawFn) -> tuple[int, np.ndarray]:
     bits = draw(st.sampled_from([1, 2, 3, 4, 8]))
-    rows, per_row = (
-        draw(st.integers(0, 4)),
-        draw(st.integers(1, 5)) * (8 if bits == 3 else 8 // bits),
-    )
+    step = 8 if bits == 3 else 8 // bits
+    rows, per_row = draw(st.integers(0, 4)), draw(st.integers(1, 5)) * step
     elements = st.integers(0, 2**bits - 1)
     return bits, draw(hnp.arrays(np.uint8, (rows, 2, per_row), elements=elements))
 
