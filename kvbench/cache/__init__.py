@@ -30,7 +30,14 @@ from kvbench.cache.folding import folded_values
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.mass import column_mass, seen_by
 from kvbench.cache.observers import observing
-from kvbench.cache.plans import PivotDetector, PivotSalient, TextSalient, Uniform, filled
+from kvbench.cache.plans import (
+    PivotDetector,
+    PivotSalient,
+    TextSalient,
+    Uniform,
+    filled,
+    kept_exact,
+)
 from kvbench.cache.quantized import (
     BoundMethod,
     QuantizedCache,
@@ -85,6 +92,7 @@ __all__ = [
     "column_mass",
     "filled",
     "folded_values",
+    "kept_exact",
     "load_calibration",
     "observing",
     "quantized_cache",
