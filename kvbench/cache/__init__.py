@@ -32,7 +32,14 @@ from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.hadamard import rotation
 from kvbench.cache.mass import column_mass, seen_by
 from kvbench.cache.observers import observing
-from kvbench.cache.plans import PivotDetector, PivotSalient, TextSalient, Uniform, filled
+from kvbench.cache.plans import (
+    PivotDetector,
+    PivotSalient,
+    TextSalient,
+    Uniform,
+    filled,
+    kept_exact,
+)
 from kvbench.cache.quantized import (
     BoundMethod,
     QuantizedCache,
@@ -93,6 +100,7 @@ __all__ = [
     "column_mass",
     "filled",
     "folded_values",
+    "kept_exact",
     "load_calibration",
     "observing",
     "pack",

@@ -154,6 +154,8 @@ class SideStore:
         """(B, 1, n) float32 attention that the tokens in a ranking window have drawn."""
         self._tiers = Ragged(torch.empty(rows, 1, 0, dtype=torch.int8), (0,) * rows)
         self._prompt: Lengths | None = None
+        self._dropped: Lengths = (0,) * rows
+        """Tokens that were evicted when they left the window."""
         self._dtype = torch.float32
 
     @property
@@ -295,6 +297,7 @@ class SideStore:
         self._tiers = self._tiers.rows(rows.cpu())
         if self.scores is not None:
             self.scores = self.scores.rows(rows)
+        self._dropped = tuple(self._dropped[i] for i in rows.tolist())
         if self._prompt is not None:
             self._prompt = tuple(self._prompt[i] for i in rows.tolist())
 
@@ -304,8 +307,9 @@ class SideStore:
 
     @property
     def _counts(self) -> list[tuple[int, int]]:
-        """Tokens of each row, and those of its prompt."""
-        return list(zip(self.lengths, self._prompt or self.recent.lengths, strict=True))
+        """Tokens of each row that ever were in the window, and those of its prompt."""
+        taken = map(sum, zip(self.lengths, self._dropped, strict=True))
+        return list(zip(taken, self._prompt or self.recent.lengths, strict=True))
 
     def _ahead(self, tier: int) -> set[int]:
         tiers = list(self.segments)
@@ -319,6 +323,7 @@ class SideStore:
         values = tiers.data[:, 0, : max(states.lengths)].numpy().tobytes()
         for target, counts, index in _partition(values, states.lengths, states.data.device):
             if target == EVICTED:
+                self._dropped = tuple(map(sum, zip(self._dropped, counts, strict=True)))
                 continue
             segment = self._segment(target)
             if index is None:

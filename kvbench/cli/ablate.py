@@ -42,7 +42,7 @@ def ablate(
         typer.Option(help="all, or names; without it the paper's, for other sweeps wqa and dqa."),
     ] = None,
     protocol: Annotated[
-        str, typer.Option(help="quantized_prefill, exact_prefill or both.")
+        str, typer.Option(help="quantized_prefill, exact_prefill, both, or sparse_prefill.")
     ] = "quantized_prefill",
     limit: Limit = None,
     seed: Seed = 0,

@@ -36,7 +36,7 @@ def evaluate(
     models: Models = "smol_llava",
     tasks: Annotated[str, typer.Option(help="all (MileBench's twelve), or names.")] = "all",
     protocol: Annotated[
-        str, typer.Option(help="quantized_prefill, exact_prefill or both.")
+        str, typer.Option(help="quantized_prefill, exact_prefill, both, or sparse_prefill.")
     ] = "quantized_prefill",
     limit: Limit = None,
     seed: Seed = 0,

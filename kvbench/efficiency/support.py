@@ -35,12 +35,12 @@ def _unsupported_layer(
     if isinstance(quantizer.plan, DeferringPlan):
         return "its plan decides when tokens leave the window"
     for side in (quantizer.key, quantizer.value):
-        if side.recent is not None or type(side.transform).fit is not Transform.fit:
-            return "its window or its change of basis depends on the prompt"
         if side.pre_rope:
             return "keys are stored before rotary embedding"
         if side.transform.stored_shape(spec) != (spec.num_kv_heads, spec.head_dim):
             return "heads are stored together"
+        if side.recent is not None or type(side.transform).fit is not Transform.fit:
+            return "its window or its change of basis depends on the prompt"
         for bits, codec in side.codecs.items():
             if bits != EXACT and not is_even(codec):
                 return UNREADABLE

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.errors import UserError
-from kvbench.evaluation.rows import PROTOCOLS
+from kvbench.evaluation.rows import BOTH, PROTOCOLS
 from kvbench.models.find import find_model
 from kvbench.registry import (
     METHODS,
@@ -91,13 +91,13 @@ def _suite() -> list[str]:
 
 
 def choose_protocols(text: str) -> tuple[str, ...]:
-    """Read ``"both"`` or protocols by name.
+    """Read ``"both"`` (those that every method follows) or protocols by name.
 
     Raises:
         UserError: A protocol is unknown.
     """
     if text == "both":
-        return PROTOCOLS
+        return BOTH
     names = split_specs(text)
     for name in names:
         if name not in PROTOCOLS:

@@ -43,7 +43,7 @@ class KVBenchVLM(HFMultimodalLM):  # type: ignore[misc]
         pretrained: Alias, `alias=/folder` or a folder, as `kvbench eval --models` takes them; or a
             model that is loaded already, to try several methods on it.
         kv_method: Method with parameters, as `akvq_vl[recent=64]`.
-        protocol: `quantized_prefill` or `exact_prefill`.
+        protocol: `quantized_prefill`, `exact_prefill` or `sparse_prefill`.
         prompt_style: `chat`: lm-eval's own text through the checkpoint's processor, and with
             `--apply_chat_template` through its template, as `hf-multimodal` does. `official`:
             MileBench's truncation and format as in `kvbench eval`, for the group milebench.

@@ -14,7 +14,9 @@ from kvbench.evaluation.typed import check_types, fields_of, to_line
 
 SCHEMA = 1
 STORAGES = ("packed", "simulated", "foreign")
-PROTOCOLS = ("quantized_prefill", "exact_prefill")
+BOTH = ("quantized_prefill", "exact_prefill")
+"""The protocols that every method can follow."""
+PROTOCOLS = (*BOTH, "sparse_prefill")
 STATUSES = ("ok", "oom", "error")
 
 _VERDICT = ("answer", "extracted", "correct", "strict", "empty", "unparsable")

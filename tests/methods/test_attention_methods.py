@@ -31,9 +31,9 @@ def grid(x: Array, bits: int, axes: tuple[int, ...] | int) -> Array:
     """F1: x as a code between the float16 minimum and maximum over `axes`."""
     single, levels = x.astype(np.float32), np.float32(2**bits - 1)
     low, high = single.min(axes, keepdims=True), single.max(axes, keepdims=True)
-    scale, low = half((high - low) / levels), half(low)
+    scale, low = (half(x).astype(np.float32) for x in ((high - low) / levels, low))
     codes = np.clip(np.rint((single - low) / scale), 0, levels)
-    return np.asarray(codes * scale + low)
+    return np.asarray(codes * scale + low, dtype=np.float64)
 
 
 def softmax(scores: Array) -> Array:
@@ -41,9 +41,11 @@ def softmax(scores: Array) -> Array:
     return np.asarray(powers / powers.sum(-1, keepdims=True))
 
 
-def drawn(query: Array, keys: Array) -> Array:
+def drawn(query: Array, keys: Array, here: Array | None = None) -> Array:
     """(H, t): what one query (Hq, D) gives to each token, summed over the heads of a group."""
     scores = np.einsum("hgd,htd->hgt", query.reshape(KV_HEADS, GROUPS, -1), keys) / np.sqrt(WIDTH)
+    if here is not None:
+        scores = np.where(here[:, None], scores, -np.inf)
     return np.asarray(softmax(scores).sum(1))
 
 
@@ -126,7 +128,7 @@ class MiKV(Reference):
 
     def _encode(self, mask: Array, part: slice, bits: int) -> None:
         for states, factor in ((self.keys, self.factor), (self.values, 1.0)):
-            view = (states / factor)[:, part]
+            view = (states / factor)[:, part].astype(np.float32)  # what was packed is float32
             groups = view.reshape(*view.shape[:2], 2, WIDTH // 2)  # half a head
             packed = grid(groups, bits, -1).reshape(view.shape) * factor
             states[:, part] = np.where(mask[..., None], packed, states[:, part])
@@ -151,7 +153,7 @@ class Zip(Reference):
     def after(self, query: Array) -> None:
         length = self.keys.shape[1]
         if length - self.packed == 8:
-            mass = drawn(query, self.keys)[:, self.packed :]
+            mass = drawn(query, self.keys, self.here)[:, self.packed :]
             self._pack(self.packed, length, self.again(mass))
             self.packed = length
 
@@ -265,7 +267,7 @@ class Crush(Reference):
             for t in middle
         }
         others = [t for t in middle if t not in important]
-        distance = {t: (bits[t][0] != 0) + (bits[t][1] != 1) for t in others}
+        distance = {t: int(bits[t][0] != 0) + int(bits[t][1] != 1) for t in others}
         order, wanted = sorted(others, key=lambda t: distance[t]), room // 2
         if wanted >= len(others):
             chosen = others

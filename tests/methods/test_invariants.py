@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from kvbench import quantized_cache
-from kvbench.cache import EXACT, LayerQuantizer, LayerSpec, Uniform
+from kvbench.cache import LayerQuantizer, LayerSpec, kept_exact
 from kvbench.methods.rtn import RTN
 
 PROTOCOLS = ("quantized_prefill", "exact_prefill")
@@ -44,7 +44,7 @@ class Exactly:
         return self.inner.needs
 
     def layer(self, spec: LayerSpec, calibration: Any) -> LayerQuantizer:
-        return replace(self.inner.layer(spec, calibration), plan=Uniform(EXACT))
+        return kept_exact(self.inner.layer(spec, calibration))
 
 
 @torch.no_grad()
