@@ -2,7 +2,8 @@
 
 n codes of b bits fill m = n · b / 8 bytes. Byte j holds the codes j, j + m, j + 2m, ...; the first
 stands in the lowest bits. One mask and shift of the packed bytes so gives m neighbouring codes,
-which is what both a vector unit and a tensor core want.
+which is what both a vector unit and a tensor core want. Codes of 3 bits have no such planes: eight
+neighbours fill three bytes, the first in the lowest bits, and no kernel reads them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-WIDTHS = (1, 2, 4, 8)
+WIDTHS = (1, 2, 3, 4, 8)
+PLANES = (1, 2, 4, 8)
+"""Widths that kernels read."""
 _WORD, _PIECE = 8, 16
 """Bytes shifted at once, and bytes of a row copied at once."""
 
@@ -21,6 +24,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """(..., n) uint8 codes below 2**bits to (..., n * bits / 8) uint8."""
     if bits == 8:
         return codes
+    if bits == 3:
+        return _pack_threes(codes)
     packed, *planes = codes.tensor_split(8 // bits, -1)
     for place, plane in enumerate(planes, 1):
         packed = packed.add(plane, alpha=2 ** (bits * place))
@@ -31,6 +36,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """(..., m) uint8 to (..., m * 8 / bits) uint8 codes."""
     if bits == 8:
         return packed
+    if bits == 3:
+        return _unpack_threes(packed)
     words, mask = packed.reshape(-1), 2**bits - 1
     if words.numel() % _WORD == 0 and words.storage_offset() % _WORD == 0:
         words, mask = words.view(torch.int64), mask * 0x0101010101010101
@@ -41,6 +48,18 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     codes = codes.view(torch.complex128 if wide else torch.uint8)
     shape = (8 // bits, *packed.shape[:-1], pieces)
     return torch.cat(codes.view(shape).unbind(), -1).view(torch.uint8)
+
+
+def _pack_threes(codes: Tensor) -> Tensor:
+    eights = codes.int().unflatten(-1, (-1, 8))
+    words = (eights << torch.arange(0, 24, 3, device=codes.device)).sum(-1, keepdim=True)
+    return (words >> torch.arange(0, 24, 8, device=codes.device)).to(torch.uint8).flatten(-2)
+
+
+def _unpack_threes(packed: Tensor) -> Tensor:
+    threes = packed.int().unflatten(-1, (-1, 3))
+    words = (threes << torch.arange(0, 24, 8, device=packed.device)).sum(-1, keepdim=True)
+    return (words >> torch.arange(0, 24, 3, device=packed.device) & 7).to(torch.uint8).flatten(-2)
 
 
 @lru_cache(maxsize=16)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvbench.kernels.hadamard import hadamard
 from kvbench.kernels.launch import use_triton, where_it_is
-from kvbench.kernels.packing import pack, unpack
+from kvbench.kernels.packing import PLANES, pack, unpack
 from kvbench.kernels.rounding import Rounding
 from kvbench.kernels.states import PackedStates
 
@@ -59,7 +59,8 @@ def quantize(x: Tensor, rounding: Rounding, rotate: bool = False) -> PackedState
 
 def dequantize(packed: PackedStates, dtype: torch.dtype) -> Tensor:
     """(B, H, N, D) numbers, computed in float32 and rounded to `dtype`."""
-    if use_triton(packed.codes) and packed.scale.dtype == torch.float16 and dtype.itemsize < 8:
+    plain = packed.scale.dtype == torch.float16 and packed.bits in PLANES
+    if use_triton(packed.codes) and plain and dtype.itemsize < 8:
         from kvbench.kernels.dequantize_triton import dequantize as kernel
 
         with where_it_is(packed.codes):
@@ -82,7 +83,8 @@ def rotated(x: Tensor) -> Tensor:
 
 def _fits(x: Tensor, rounding: Rounding) -> bool:
     """Whether the kernel takes such states."""
-    if not use_triton(x) or rounding.float8 or x.dtype == torch.float64:
+    plain = not rounding.float8 and rounding.bits in PLANES
+    if not use_triton(x) or not plain or x.dtype == torch.float64:
         return False
     from kvbench.kernels.quantize_triton import fits
 

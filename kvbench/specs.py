@@ -51,10 +51,10 @@ def parse_spec(text: str) -> tuple[str, dict[str, str]]:
     """
     first, *behind = _split(text, "+")
     if behind:
-        name, parameters = parse_spec(first)
-        if "base" in parameters or not all(behind):
+        name, own = parse_spec(first)
+        if "base" in own or not all(behind):
             raise UserError(f"can't read {text!r}: write one method on either side of the +")
-        return name, {**parameters, "base": "+".join(behind)}
+        return name, {**own, "base": "+".join(behind)}
     name, bracket, rest = text.strip().partition("[")
     name = name.strip()
     if not name or "]" in name or (bracket and not rest.endswith("]")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,19 @@ from kvbench.analysis.prompts import Prompt, prompts
 from kvbench.analysis.records import PromptRecord, record
 from kvbench.analysis.request import AnalysisRequest
 from kvbench.errors import UserError
-from kvbench.evaluation.calibration import calibration_file, statistics_of
+from kvbench.evaluation.calibration import (
+    calibrated,
+    calibration_file,
+    statistics_for,
+    statistics_of,
+)
 from kvbench.evaluation.environment import environment
 from kvbench.evaluation.files import write_atomically
 from kvbench.evaluation.hardware import check_available, load
 from kvbench.evaluation.progress import Progress
 
 if TYPE_CHECKING:
-    from kvbench.cache import BoundMethod, Calibration
+    from kvbench.cache import BoundMethod, Calibration, KVQuantizer
     from kvbench.evaluation.choices import MethodChoice
     from kvbench.models.load import LoadedModel
     from kvbench.models.zoo import ModelEntry
@@ -85,7 +90,7 @@ def _methods(
             progress.note(f"{choice.spec} is left out: it brings a cache of its own")
         else:
             ours.append(choice)
-    needing = [c.spec for c in ours if c.quantizer.needs.statistics]  # type: ignore[union-attr]
+    needing = calibrated(ours)
     statistics = _statistics(loaded, request, needing, progress) if needing else None
     return {choice.spec: _bound(loaded, choice, statistics) for choice in ours}
 
@@ -106,14 +111,18 @@ def _bound(
 
 
 def _statistics(
-    loaded: LoadedModel, request: AnalysisRequest, needing: list[str], progress: Progress
+    loaded: LoadedModel,
+    request: AnalysisRequest,
+    needing: Mapping[str, KVQuantizer],
+    progress: Progress,
 ) -> Calibration:
     from kvbench.cache import load_calibration
 
+    names = statistics_for(needing)
     if request.calibration is not None:
-        return load_calibration(calibration_file(request.calibration, loaded.entry))
+        return load_calibration(calibration_file(request.calibration, loaded.entry), names)
     progress.note(f"calibrating {loaded.entry.name} for {', '.join(needing)}")
-    return statistics_of(loaded, request.samples, request.seed)
+    return statistics_of(loaded, names, request.samples, request.seed)
 
 
 def _tables(

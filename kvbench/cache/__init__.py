@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvbench.cache.calibration import calibrate_statistics, load_calibration, save_calibration
-from kvbench.cache.codecs import Affine, Exact
+from kvbench.cache.codecs import Affine, Exact, check_packable
 from kvbench.cache.contract import (
     DEFERRED,
     EVICTED,
@@ -26,11 +26,20 @@ from kvbench.cache.contract import (
     Window,
 )
 from kvbench.cache.fields import check_fields
+from kvbench.cache.floats import Float8
 from kvbench.cache.folding import folded_values
 from kvbench.cache.foreign import ForeignCache
+from kvbench.cache.hadamard import rotation
 from kvbench.cache.mass import column_mass, seen_by
 from kvbench.cache.observers import observing
-from kvbench.cache.plans import PivotDetector, PivotSalient, TextSalient, Uniform, filled
+from kvbench.cache.plans import (
+    PivotDetector,
+    PivotSalient,
+    TextSalient,
+    Uniform,
+    filled,
+    kept_exact,
+)
 from kvbench.cache.quantized import (
     BoundMethod,
     QuantizedCache,
@@ -39,8 +48,10 @@ from kvbench.cache.quantized import (
     quantized_cache,
     resolve,
 )
-from kvbench.cache.transforms import ChannelScale, MergeHeads, PromptScale, Rotate
+from kvbench.cache.transforms import ChannelScale, MergeHeads, Orthogonal, PromptScale, Rotate
 from kvbench.cache.windows import HeavyHitters, Residual, Sliding
+from kvbench.kernels.packing import pack, unpack
+from kvbench.kernels.rounding import Rounding
 
 __all__ = [
     "DEFERRED",
@@ -53,6 +64,7 @@ __all__ = [
     "Codec",
     "DeferringPlan",
     "Exact",
+    "Float8",
     "ForeignCache",
     "HeavyHitters",
     "KVQuantizer",
@@ -61,6 +73,7 @@ __all__ = [
     "LogitMap",
     "MergeHeads",
     "Needs",
+    "Orthogonal",
     "Packed",
     "PivotDetector",
     "PivotSalient",
@@ -70,6 +83,7 @@ __all__ = [
     "QuantizedCache",
     "Residual",
     "Rotate",
+    "Rounding",
     "RowUsage",
     "SelfAttention",
     "Side",
@@ -82,13 +96,18 @@ __all__ = [
     "bind",
     "calibrate_statistics",
     "check_fields",
+    "check_packable",
     "column_mass",
     "filled",
     "folded_values",
+    "kept_exact",
     "load_calibration",
     "observing",
+    "pack",
     "quantized_cache",
     "resolve",
+    "rotation",
     "save_calibration",
     "seen_by",
+    "unpack",
 ]

@@ -1,14 +1,13 @@
-"""Per-channel statistics of keys, values and queries, collected by running prompts."""
+"""Statistics of keys, values and queries, collected by running prompts and kept in files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,29 +18,21 @@ from kvbench.cache.attention import StoredStates, attention
 from kvbench.cache.contract import Calibration, LayerSpec, Needs
 from kvbench.cache.observers import Observed, decoder_stack, observing
 from kvbench.cache.specs import layer_specs
+from kvbench.cache.statistics import STATISTICS, Seen, finished, passes
 from kvbench.errors import UserError
-
-STATISTICS = {
-    "query_absmax": "(layers, H, D) largest |q| after RoPE, over the query heads of each key head",
-    "key_absmax": "(layers, H, D) largest |k| after RoPE",
-    "value_absmax": "(layers, H, D) largest |v|",
-    "output_weight_absmax": "(layers, H, D) largest |W_O| a value channel meets",
-    "key_min": "(layers, H, D) smallest k before RoPE",
-    "key_max": "(layers, H, D) largest k before RoPE",
-    "value_min": "(layers, H, D) smallest v",
-    "value_max": "(layers, H, D) largest v",
-}
 
 
 class _StatisticsLayer(CacheLayerMixin):
-    """Exact attention over one prompt that remembers extremes of every channel."""
+    """Exact attention over one prompt that gathers statistics of its states."""
 
     is_sliding = False
 
     def __init__(self, spec: LayerSpec, observed: Observed) -> None:
         super().__init__()
         self.spec, self.observed, self._seen = spec, observed, 0
-        self.extremes: dict[str, Tensor] = {}
+        self.names: list[str] = []
+        self.parts: dict[str, tuple[Tensor, ...]] = {}
+        self.statistics: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -61,34 +52,37 @@ class _StatisticsLayer(CacheLayerMixin):
         mask: Tensor | None,
         **options: Any,
     ) -> Tensor:
-        heads = self.spec.num_kv_heads
-        valid = self.observed.valid
-        if valid is None:
-            valid = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool)
-        columns = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
-        before = self.observed.rotary.strip(step.keys, columns)
-        grouped = query.unflatten(1, (heads, -1)).abs().amax(2)
-        self._note(valid, "query_absmax", grouped, torch.maximum)
-        self._note(valid, "key_absmax", step.keys.abs(), torch.maximum)
-        self._note(valid, "value_absmax", step.values.abs(), torch.maximum)
-        self._note(valid, "key_min", before, torch.minimum)
-        self._note(valid, "key_max", before, torch.maximum)
-        self._note(valid, "value_min", step.values, torch.minimum)
-        self._note(valid, "value_max", step.values, torch.maximum)
+        seen = self._states(query, step.keys, step.values)
+        for name in self.names:
+            self.parts[name] = STATISTICS[name].folded(self.parts.get(name), seen)
         out, _ = attention(module, query, step.keys, step.values, mask, **options)
         return out.transpose(1, 2)
 
-    def _note(
-        self, valid: Tensor, name: str, x: Tensor, better: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
-        """Fold (B, H, n, D) into the running (H, D) extreme."""
-        real = x.float().transpose(1, 2)[valid.to(x.device)]
-        extreme = real.amax(0) if better is torch.maximum else real.amin(0)
-        old = self.extremes.get(name)
-        self.extremes[name] = extreme if old is None else better(old, extreme)
+    def _states(self, query: Tensor, keys: Tensor, values: Tensor) -> Seen:
+        rows, new = query.shape[0], query.shape[2]
+        valid = self.observed.valid
+        if valid is None:
+            valid = torch.ones(rows, new, dtype=torch.bool)
+        mask = valid.to(query.device)
+        columns = torch.arange(new, device=query.device).expand(rows, -1)
+
+        def flat(x: Tensor) -> Tensor:
+            return x.transpose(1, 2)[mask]
+
+        return Seen(
+            flat(query).unflatten(1, (self.spec.num_kv_heads, -1)),
+            flat(keys),
+            flat(values),
+            lambda: flat(self.observed.rotary.strip(keys, columns)),
+            self.statistics,
+        )
+
+    def finish(self) -> None:
+        """End a pass."""
+        self.statistics |= {name: finished(self.parts.pop(name)) for name in self.names}
 
     def restart(self) -> None:
-        """Be ready for the next prompt; extremes stay."""
+        """Be ready for the next prompt; what was gathered stays."""
         self._seen = 0
 
     def get_seq_length(self) -> int:
@@ -118,43 +112,68 @@ class _StatisticsCache(Cache):
 
 @torch.no_grad()
 def calibrate_statistics(
-    model: PreTrainedModel, prompts: Iterable[Mapping[str, Any]], manifest: Mapping[str, str]
+    model: PreTrainedModel,
+    prompts: Iterable[Mapping[str, Any]],
+    manifest: Mapping[str, str],
+    names: Collection[str] = tuple(STATISTICS),
 ) -> Calibration:
-    """Run prompts (keyword arguments of the model's forward) and collect every statistic.
+    """Run prompts (keyword arguments of the model's forward) and collect statistics.
+
+    Prompts are gone through once, or twice where one statistic builds on another. `names` are those
+    of `kvbench.cache.statistics.STATISTICS`.
 
     Raises:
-        UserError: there are no prompts, or the model doesn't cache plain keys and values.
+        UserError: there are no prompts, a statistic is unknown, or the model doesn't cache plain
+            keys and values.
     """
     from kvbench.cache.quantized import use_kvbench_attention
 
+    if unknown := set(names) - set(STATISTICS):
+        raise UserError(f"unknown statistics {', '.join(sorted(unknown))}; use {[*STATISTICS]}.")
     specs = layer_specs(model.config)
     use_kvbench_attention(model)
-    cache = _StatisticsCache(specs)
-    count = 0
+    cache, count = _StatisticsCache(specs), 0
+    if isinstance(prompts, Iterator):
+        prompts = list(prompts)  # an iterator could be gone through only once
     with observing(model):
-        for prompt in prompts:
-            count += 1
-            cache.restart()
-            model(**prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for gathered in passes(set(names)):
+            count = _run(model, cache, prompts, _read_weights(model, cache, gathered))
     if not count:
         raise UserError("calibration needs at least one prompt.")
     statistics = {
-        name: torch.stack([layer.extremes[name].cpu() for layer in cache.layers])
-        for name in STATISTICS
-        if name != "output_weight_absmax"
+        name: torch.stack([layer.statistics[name].cpu() for layer in cache.layers])
+        for name in cache.layers[0].statistics
     }
-    statistics["output_weight_absmax"] = _output_weights(model, specs)
     return Calibration(statistics, {**manifest, "prompts": str(count)})
 
 
-def _output_weights(model: nn.Module, specs: list[LayerSpec]) -> Tensor:
-    """(layers, H, D): largest |W_O| over rows and over the query heads that share a value head."""
-    rows = []
-    for layer, spec in zip(decoder_stack(model).layers, specs, strict=True):
-        with align_module_device(layer.self_attn.o_proj):  # the weight may be in main memory
-            weight = layer.self_attn.o_proj.weight.detach().float().abs().amax(0)
-        rows.append(weight.view(spec.num_kv_heads, -1, spec.head_dim).amax(1).cpu())
-    return torch.stack(rows)
+def _read_weights(model: nn.Module, cache: _StatisticsCache, names: list[str]) -> list[str]:
+    """Gather what stands in weights; the names that need prompts are left."""
+    for name in names:
+        if (read := STATISTICS[name].weights) is not None:
+            modules = (block.self_attn for block in decoder_stack(model).layers)
+            for layer, module in zip(cache.layers, modules, strict=True):
+                layer.statistics[name] = read(module, layer.spec)
+    return [name for name in names if STATISTICS[name].weights is None]
+
+
+def _run(
+    model: PreTrainedModel,
+    cache: _StatisticsCache,
+    prompts: Iterable[Mapping[str, Any]],
+    names: list[str],
+) -> int:
+    """One pass over the prompts; how many there were."""
+    count = 0
+    for layer in cache.layers:
+        layer.names = names
+    for prompt in prompts:
+        count += 1
+        cache.restart()
+        model(**prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for layer in cache.layers if count else ():
+        layer.finish()
+    return count
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
@@ -171,11 +190,11 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         raise UserError(f"calibration can't be written to {path}: {error}.") from error
 
 
-def load_calibration(path: Path) -> Calibration:
+def load_calibration(path: Path, needed: Collection[str] = ()) -> Calibration:
     """Read what `save_calibration` wrote.
 
     Raises:
-        UserError: the file is missing, damaged, or lacks a statistic.
+        UserError: the file is missing, damaged, or lacks a needed statistic.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -185,6 +204,9 @@ def load_calibration(path: Path) -> Calibration:
         raise UserError(f"no calibration can be read from {path}: {error}.") from error
     if not isinstance(manifest, dict):
         raise UserError(f"no calibration can be read from {path}: its manifest is no JSON object.")
-    if missing := set(STATISTICS) - set(statistics):
-        raise UserError(f"the calibration in {path} lacks {', '.join(sorted(missing))}.")
+    if missing := set(needed) - set(statistics):
+        raise UserError(
+            f"the calibration in {path} lacks {', '.join(sorted(missing))}; run `kvbench "
+            "calibrate` again and name every method that will use the file in --methods."
+        )
     return Calibration(statistics, manifest)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvbench.cache.contract import Packed
 from kvbench.cache.fields import check_fields
 from kvbench.errors import UserError
-from kvbench.kernels.packing import WIDTHS, pack, unpack
+from kvbench.kernels.packing import PLANES, WIDTHS, pack, unpack
 from kvbench.kernels.quantize import dequantize, quantize
 from kvbench.kernels.rounding import ClipMode, Rounding
 from kvbench.kernels.states import Along, PackedStates, Zero
@@ -119,8 +119,8 @@ class Affine:
 
     @property
     def is_even(self) -> bool:
-        """Whether kernels can read what is stored: groups of one size, float16 metadata."""
-        return isinstance(self.group, int) and self.metadata == "fp16"
+        """Whether kernels can read it: codes in planes, groups of one size, float16 metadata."""
+        return isinstance(self.group, int) and self.metadata == "fp16" and self.bits in PLANES
 
     def states(self, packed: Packed) -> PackedStates:
         """What `encode` gave as kernels take it; only for groups of one size."""

@@ -7,7 +7,7 @@ It never sees a model, a cache or a loop over layers; the cache owns everything 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -76,7 +76,7 @@ class Needs:
     modality: bool = False
     residual: bool = False
     statistics: tuple[str, ...] = ()
-    """Names of calibrated statistics, see `kvbench.cache.calibration.STATISTICS`."""
+    """Names of calibrated statistics, see `kvbench.cache.statistics.STATISTICS`."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ class Calibration:
     def of(self, name: str, layer: int) -> Tensor:
         """The statistic `name` of one layer."""
         return self.statistics[name][layer]
+
+    def only(self, names: Collection[str]) -> Calibration:
+        """The statistics of such names."""
+        return Calibration({name: self.statistics[name] for name in names}, self.manifest)
 
 
 class Transform:

@@ -13,6 +13,8 @@ from kvbench.cache.ragged import Lengths
 from kvbench.cache.storage import Segment, SideStore
 from kvbench.kernels.states import Span, States
 
+UNREADABLE = "its codes are none that kernels read: steps of an even grid in groups of one size"
+
 
 def unfused(quantizer: LayerQuantizer) -> str | None:
     """Why a layer's storage can't be read by the kernel, or None if it can."""
@@ -25,7 +27,7 @@ def unfused(quantizer: LayerQuantizer) -> str | None:
             return "heads are stored together"
         codecs = [codec for tier, codec in side.codecs.items() if tier != EXACT]
         if not all(map(is_even, [*codecs, *filter(None, [side.recent])])):
-            return "its codec is not one of even groups with float16 metadata"
+            return UNREADABLE
     return None
 
 

@@ -80,6 +80,7 @@ def rotation(order: int, kind: Rotation = "hadamard", seed: int = 0) -> Tensor:
     matrix = _kronecker(order)
     if matrix is None:
         raise UserError(
-            f'no Hadamard matrix of order {order} is built in; use rotation="block" or "random".'
+            f"no Hadamard matrix of order {order} is built in; where the method has a field "
+            'rotation, set it to "block" or "random".'
         )
     return matrix / order**0.5

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kvbench.cache.contract import EXACT, Plan, Tokens
+from kvbench.cache.contract import EXACT, LayerQuantizer, Plan, Tokens
 
 PivotDetector = Literal["tokens", "elements", "threshold"]
 
@@ -110,3 +110,9 @@ class PivotSalient:
         before = equal.cumsum(1) - equal
         left = count - above.sum(1, keepdim=True)
         return (above > 0) | ((equal > 0) & (before < left))
+
+
+def kept_exact(quantizer: LayerQuantizer) -> LayerQuantizer:
+    """A method's bases, windows and order of tokens, with every token exact."""
+    key, value = (replace(side, recent=None) for side in (quantizer.key, quantizer.value))
+    return replace(quantizer, key=key, value=value, plan=Uniform(EXACT))

@@ -27,6 +27,7 @@ from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.layer import QuantizedLayer
 from kvbench.cache.observers import Observed, attach, detach
 from kvbench.cache.specs import layer_specs
+from kvbench.cache.statistics import statistic_shape
 from kvbench.cache.windows import Residual, Sliding
 from kvbench.errors import UserError
 
@@ -240,8 +241,8 @@ def _check_statistics(
             f"{method.label} needs calibrated statistics ({', '.join(sorted(missing))}); run "
             "`kvbench calibrate` and pass calibration=."
         )
-    shape = (len(specs), specs[0].num_kv_heads, specs[0].head_dim)
     for name in method.needs.statistics:
+        shape = statistic_shape(name, specs)
         if tuple(have[name].shape) != shape:
             raise UserError(
                 f"the calibration's {name} is {tuple(have[name].shape)} where this model needs "

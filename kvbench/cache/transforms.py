@@ -67,6 +67,35 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+class Orthogonal(Transform):
+    """x R with a given orthogonal R, (D, D) or one a key/value head (H, D, D) in float64.
+
+    q R on queries and o Rᵀ on outputs: `side` "key" or "value" says which of them `attend` sees.
+    Computed in float32 (float64 for a float64 model) and cast back.
+    """
+
+    def __init__(self, matrix: Tensor, side: str) -> None:
+        """Keep R."""
+        self._matrix = matrix if matrix.dim() == 3 else matrix[None]
+        self._store = _Constant(self._matrix)
+        self._attend = _Constant(self._matrix if side == "key" else self._matrix.mT.contiguous())
+
+    def store(self, x: Tensor) -> Tensor:
+        """(B, H, n, D) times R."""
+        wide = _wide(x)
+        return (wide @ self._store.like(wide)).to(x.dtype)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """(B, Hq, n, D) times R (queries) or Rᵀ (outputs) of the key/value head."""
+        wide = _wide(x)
+        grouped = _grouped(wide, len(self._matrix)) @ self._attend.like(wide)[:, None]
+        return grouped.flatten(1, 2).to(x.dtype)
+
+    def matrices(self, spec: LayerSpec) -> Tensor:
+        """R for every head."""
+        return self._matrix.expand(spec.num_kv_heads, -1, -1)
+
+
 class Rotate(Transform):
     """x R with an orthogonal R on keys and values, q R on queries, o Rᵀ on outputs.
 
@@ -128,18 +157,21 @@ class ChannelScale(Transform):
     def store(self, x: Tensor) -> Tensor:
         """(B, H, n, D) divided by s."""
         wide = _wide(x)
-        return (wide / self._scale.like(wide).unsqueeze(-2)).to(x.dtype)
+        return (wide / self._like(wide).unsqueeze(-2)).to(x.dtype)
 
     def attend(self, x: Tensor) -> Tensor:
         """(B, Hq, n, D) multiplied by its key/value head's s."""
         wide = _wide(x)
-        scale = self._scale.like(wide)
+        scale = self._like(wide)
         scaled = _grouped(wide, scale.shape[-2]) * scale[..., None, None, :]
         return scaled.flatten(1, 2).to(x.dtype)
 
     def matrices(self, spec: LayerSpec) -> Tensor | None:
         """diag(1 / s) for every head."""
         return torch.diag_embed(1 / self._scale.value)
+
+    def _like(self, x: Tensor) -> Tensor:
+        return self._scale.like(x)
 
 
 class PromptScale(Transform):
@@ -162,13 +194,16 @@ class _RowScale(ChannelScale):
     """What a `PromptScale` measured: s is (B, H, D) float16."""
 
     def __init__(self, scale: Tensor) -> None:
-        self._scale = _Constant(scale)
+        self._rows = scale
 
     def select(self, rows: Tensor) -> Transform:
-        return _RowScale(self._scale.value.index_select(0, rows.to(self._scale.value.device)))
+        return _RowScale(self._rows.index_select(0, rows.to(self._rows.device)))
 
     def row_nbytes(self) -> int:
-        return self._scale.value[0].nbytes
+        return self._rows[0].nbytes
+
+    def _like(self, x: Tensor) -> Tensor:
+        return self._rows.to(x.dtype)  # no wider copy is kept
 
     def matrices(self, spec: LayerSpec) -> None:
         return None

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from kvbench.cache import (
-    EXACT,
     Affine,
     Calibration,
     ForeignCache,
@@ -23,6 +22,7 @@ from kvbench.cache import (
     Side,
     Uniform,
     bind,
+    kept_exact,
 )
 from kvbench.doctor.findings import NOTHING, Finding, Status
 from kvbench.doctor.kernels import path
@@ -74,7 +74,7 @@ class Exactly:
 
     def layer(self, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
         """The method's layer under a plan that quantizes nothing."""
-        return replace(self.inner.layer(spec, calibration), plan=Uniform(EXACT))
+        return kept_exact(self.inner.layer(spec, calibration))
 
 
 def model_checks(request: DoctorRequest, entry: ModelEntry) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from kvbench.cache.contract import Calibration, KVQuantizer, LayerQuantizer, Lay
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.quantized import BoundMethod, resolve
 from kvbench.cache.specs import layer_specs
+from kvbench.cache.statistics import statistic_shape
 from kvbench.efficiency.decoder import unsupported_model
 from kvbench.efficiency.shapes import ModelShape, model_shape
 from kvbench.efficiency.support import unsupported
@@ -250,9 +251,8 @@ def _side_nbytes(shape: ModelShape, tokens: float) -> float:
 
 def _quantizers(method: KVQuantizer, specs: Sequence[LayerSpec]) -> tuple[LayerQuantizer, ...]:
     """The method on every layer; statistics, where it needs them, are all ones."""
-    names, first = method.needs.statistics, specs[0]
-    ones = torch.ones(len(specs), first.num_kv_heads, first.head_dim)
-    calibration = Calibration(dict.fromkeys(names, ones)) if names else None
+    ones = {name: torch.ones(statistic_shape(name, specs)) for name in method.needs.statistics}
+    calibration = Calibration(ones) if ones else None
     return tuple(method.layer(spec, calibration) for spec in specs)
 
 

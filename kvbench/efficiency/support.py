@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvbench.cache.codecs import Affine
 from kvbench.cache.contract import EXACT, DeferringPlan, LayerQuantizer, LayerSpec, Transform
-from kvbench.cache.fused import is_even
+from kvbench.cache.fused import UNREADABLE, is_even
 from kvbench.cache.quantized import BoundMethod
 from kvbench.cache.windows import Residual, Sliding
 from kvbench.efficiency.workload import Workload, cache_layout
@@ -45,7 +45,9 @@ def _unsupported_layer(
             return "its window or its change of basis depends on the prompt"
         for bits, codec in side.codecs.items():
             if bits != EXACT and not is_even(codec):
-                return "its codec is not one of even groups with float16 metadata"
+                return UNREADABLE
+            if isinstance(codec, Affine) and type(codec).encode is not Affine.encode:
+                return "kernels read what its codec stores but can't write it"
     folded = quantizer.value.transform
     if type(folded) is not Transform and folded.matrices(spec) is None:
         return "its value transform can't be folded into the weights"

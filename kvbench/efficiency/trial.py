@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbench.cache.calibration import STATISTICS
 from kvbench.cache.contract import Calibration
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.observers import decoder_stack
 from kvbench.cache.quantized import BoundMethod, bind, resolve
 from kvbench.cache.specs import layer_specs
+from kvbench.cache.statistics import statistic_shape
 from kvbench.efficiency.ceilings import copy_bandwidth, matmul_rate
 from kvbench.efficiency.engine import Engine, StaticEngine, make_engine
 from kvbench.efficiency.meters import peak_memory
@@ -109,10 +109,11 @@ def _made_up(names: tuple[str, ...], model: Any) -> Calibration | None:
     """Statistics that cost nothing: speed and memory don't depend on their values."""
     if not names:
         return None
-    specs = layer_specs(model.config)
-    shape = (len(specs), specs[0].num_kv_heads, specs[0].head_dim)
-    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.5
-    return Calibration({name: noise for name in STATISTICS if name in names})
+    specs, source = layer_specs(model.config), torch.Generator().manual_seed(0)
+    shapes = {name: statistic_shape(name, specs) for name in names}
+    return Calibration(
+        {name: torch.rand(shape, generator=source) + 0.5 for name, shape in shapes.items()}
+    )
 
 
 def _run_engine(request: TrialRequest, bound: BoundMethod) -> TrialResult:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from kvbench.registry import TASKS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvbench.cache import Calibration
+    from kvbench.cache import Calibration, KVQuantizer
+    from kvbench.evaluation.choices import MethodChoice
     from kvbench.evaluation.progress import Progress
     from kvbench.evaluation.request import CalibrationRequest
     from kvbench.evaluation.text import Text
@@ -23,33 +25,39 @@ if TYPE_CHECKING:
 
 
 def calibrate(request: CalibrationRequest, progress: Progress) -> Iterator[Path]:
-    """Calibrate every model and write one file each; yields the paths.
+    """Gather what the methods need of every model and write one file each; yields the paths.
 
     Raises:
-        UserError: data, a model or the output folder can't be used.
+        UserError: no method needs statistics, or data, a model or the output folder can't be used.
     """
     from kvbench.cache import save_calibration
     from kvbench.evaluation.hardware import load
 
+    needed = calibrated(request.methods)
+    if not needed:
+        raise UserError("none of these methods needs statistics: there is nothing to calibrate.")
     for entry in request.models:
         loaded = load(entry, request.device, request.dtype)
-        progress.note(f"calibrating {entry.name} on {request.samples} samples")
+        progress.note(
+            f"calibrating {entry.name} for {', '.join(needed)} on {request.samples} samples"
+        )
         path = calibration_file(request.out, entry)
+        names = statistics_for(needed)
         save_calibration(
-            statistics_of(loaded, request.samples, request.seed, request.data_root), path
+            statistics_of(loaded, names, request.samples, request.seed, request.data_root), path
         )
         yield path
 
 
-def kept_statistics(path: Path, loaded: LoadedModel) -> Calibration:
+def kept_statistics(path: Path, loaded: LoadedModel, names: Collection[str]) -> Calibration:
     """Read a file of statistics that were made for this model.
 
     Raises:
-        UserError: they belong to another revision of the model, or can't be read.
+        UserError: they belong to another revision of the model, lack a name, or can't be read.
     """
     from kvbench.cache import load_calibration
 
-    return checked_statistics(load_calibration(path), path, loaded)
+    return checked_statistics(load_calibration(path, names), path, loaded)
 
 
 def checked_statistics(statistics: Calibration, path: Path, loaded: LoadedModel) -> Calibration:
@@ -67,12 +75,52 @@ def checked_statistics(statistics: Calibration, path: Path, loaded: LoadedModel)
     return statistics
 
 
+def lacking(path: Path, names: Collection[str]) -> list[str]:
+    """Those of the names that a run's own file of statistics does not have yet."""
+    from kvbench.cache import load_calibration
+
+    have = load_calibration(path).statistics if path.exists() else {}
+    return [name for name in names if name not in have]
+
+
+def keep_statistics(made: Calibration, path: Path) -> None:
+    """Write statistics beside a run's rows; what the file has already stays as it is.
+
+    A run that goes on must store the same codes.
+    """
+    from kvbench.cache import Calibration, load_calibration, save_calibration
+
+    kept = load_calibration(path) if path.exists() else Calibration({})
+    together = {**made.statistics, **kept.statistics}
+    save_calibration(Calibration(together, kept.manifest or made.manifest), path)
+
+
+def calibrated(methods: Iterable[MethodChoice]) -> dict[str, KVQuantizer]:
+    """The methods that need statistics, by their specification."""
+    from kvbench.cache import ForeignCache
+
+    found = {choice.spec: choice.quantizer for choice in methods}
+    return {
+        spec: method
+        for spec, method in found.items()
+        if not isinstance(method, ForeignCache) and method.needs.statistics
+    }
+
+
+def statistics_for(methods: Mapping[str, KVQuantizer]) -> list[str]:
+    """Names of the statistics that methods need, each once."""
+    names = (name for method in methods.values() for name in method.needs.statistics)
+    return list(dict.fromkeys(names))
+
+
 def calibration_file(folder: Path, entry: ModelEntry) -> Path:
     """Where a model's statistics lie in a calibration folder."""
     return folder / f"{entry.name}.safetensors"
 
 
-def statistics_of_text(loaded: LoadedModel, text: Text, windows: Tensor) -> Calibration:
+def statistics_of_text(
+    loaded: LoadedModel, names: Collection[str], text: Text, windows: Tensor
+) -> Calibration:
     """Run a model over windows (M, T) from the end of a text, which are never scored."""
     from kvbench.cache import calibrate_statistics
 
@@ -82,12 +130,16 @@ def statistics_of_text(loaded: LoadedModel, text: Text, windows: Tensor) -> Cali
         "data": f"last {len(windows)} windows of {windows.shape[1]} tokens of {text.name}",
         "sha256": text.sha256,
     }
-    prompts = ({"input_ids": ids[None].to(loaded.model.device)} for ids in windows)
-    return calibrate_statistics(loaded.model, prompts, manifest)
+    prompts = [{"input_ids": ids[None].to(loaded.model.device)} for ids in windows]
+    return calibrate_statistics(loaded.model, prompts, manifest, names)
 
 
 def statistics_of(
-    loaded: LoadedModel, samples: int, seed: int, root: Path | None = None
+    loaded: LoadedModel,
+    statistics: Collection[str],
+    samples: int,
+    seed: int,
+    root: Path | None = None,
 ) -> Calibration:
     """Run a model over calibration prompts, drawn evenly from the twelve tasks' folders.
 
@@ -107,16 +159,25 @@ def statistics_of(
         "data": folder.name,
         "seed": str(seed),
     }
-    return calibrate_statistics(
-        loaded.model, _prompts(loaded, names, folder, share, seed, samples), manifest
-    )
+    prompts = _Prompts(loaded, names, folder, share, seed, samples)
+    return calibrate_statistics(loaded.model, prompts, manifest, statistics)
 
 
-def _prompts(
-    loaded: LoadedModel, names: list[str], root: Path, share: int, seed: int, total: int
-) -> Iterator[dict[str, Any]]:
-    for name in names:
-        cell = read_cell(name, root, share, seed)
-        for sample in cell.samples[: max(total, 0)]:
-            yield dict(encoded(loaded, [ask(loaded, cell.task, sample)]).kwargs())
-        total -= len(cell.samples)
+@dataclass(frozen=True)
+class _Prompts:
+    """Encoded prompts, made anew each time they are gone through."""
+
+    loaded: LoadedModel
+    tasks: list[str]
+    root: Path
+    share: int
+    seed: int
+    total: int
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        left = self.total
+        for name in self.tasks:
+            cell = read_cell(name, self.root, self.share, self.seed)
+            for sample in cell.samples[: max(left, 0)]:
+                yield dict(encoded(self.loaded, [ask(self.loaded, cell.task, sample)]).kwargs())
+            left -= len(cell.samples)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvbench.cache import QuantizedCache
 from kvbench.errors import UserError
-from kvbench.evaluation.calibration import kept_statistics
+from kvbench.evaluation.calibration import calibrated, kept_statistics, statistics_for
 from kvbench.evaluation.choices import choose_methods
 from kvbench.evaluation.decode import Usage, peer_usage, prefill, without_last
 from kvbench.evaluation.hardware import is_out_of_memory, load
@@ -355,7 +355,8 @@ def _prepared(
     choices = choose_methods(method)
     if len(choices) != 1:
         raise UserError(f"kv_method {method!r} names {len(choices)} methods: give one")
-    statistics = None if calibration is None else kept_statistics(Path(calibration), loaded)
+    names = statistics_for(calibrated(choices))
+    statistics = None if calibration is None else kept_statistics(Path(calibration), loaded, names)
     return PreparedMethod.of(loaded, choices[0], protocol, statistics)
 
 

@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Any
 import kvbench
 from kvbench.errors import UserError
 from kvbench.evaluation.calibration import (
+    calibrated,
     calibration_file,
+    keep_statistics,
     kept_statistics,
+    lacking,
+    statistics_for,
     statistics_of,
     statistics_of_text,
 )
@@ -23,7 +27,7 @@ from kvbench.evaluation.files import write_atomically
 from kvbench.evaluation.hardware import check_available, load
 from kvbench.evaluation.request import at_least, check_folders, check_hardware
 from kvbench.evaluation.rows import LM_EVAL
-from kvbench.evaluation.session import calibrated_methods, prepared_methods
+from kvbench.evaluation.session import prepared_methods
 from kvbench.evaluation.text import BUNDLED, cut, read_text
 
 if TYPE_CHECKING:
@@ -176,24 +180,23 @@ def _statistics(
     request: LmEvalRequest, loaded: LoadedModel, progress: Progress
 ) -> Calibration | None:
     """From the user's folder, else made on data that are no task's."""
-    from kvbench.cache import save_calibration
-
-    needing = calibrated_methods(request.methods)
-    if not needing:
+    needing = calibrated(request.methods)
+    names = statistics_for(needing)
+    if not names:
         return None
     path = calibration_file(request.calibration or request.out / "calibration", loaded.entry)
-    if request.calibration is None and not path.exists():
+    if request.calibration is None and (missing := lacking(path, names)):
         text_only = loaded.entry.family == "text"
         where = f"the end of {BUNDLED}" if text_only else "minimile's calibration split"
         progress.note(f"calibrating {loaded.entry.name} for {', '.join(needing)} on {where}")
         if text_only:
             text = read_text(BUNDLED)
             window = min(_CALIBRATION_WINDOW, loaded.max_positions)
-            made = statistics_of_text(loaded, text, cut(loaded, text, window, 1).held_out)
+            made = statistics_of_text(loaded, missing, text, cut(loaded, text, window, 1).held_out)
         else:
-            made = statistics_of(loaded, _CALIBRATION_SAMPLES, 0)
-        save_calibration(made, path)
-    return kept_statistics(path, loaded)
+            made = statistics_of(loaded, missing, _CALIBRATION_SAMPLES, 0)
+        keep_statistics(made, path)
+    return kept_statistics(path, loaded, names)
 
 
 def _plain(request: LmEvalRequest) -> dict[str, Any]:

@@ -61,7 +61,9 @@ class PreparedMethod:
         if isinstance(method, ForeignCache):
             method.cache(loaded.model, protocol)  # type: ignore[arg-type]
             return cls(choice.spec, protocol, choice, None, "")
-        needed = calibration if method.needs.statistics else None
+        names = method.needs.statistics
+        # A file may hold more: what another method needs must not change this one's rows.
+        needed = calibration.only(names) if calibration and names else None
         bound = bind(
             loaded.model,
             method,

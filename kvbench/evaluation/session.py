@@ -6,13 +6,18 @@ import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.errors import UserError
 from kvbench.evaluation.calibration import (
+    calibrated,
     calibration_file,
     checked_statistics,
+    keep_statistics,
     kept_statistics,
+    lacking,
+    statistics_for,
     statistics_of,
 )
 from kvbench.evaluation.hardware import load
@@ -22,8 +27,6 @@ from kvbench.evaluation.runner import BatchRunner, PreparedMethod, Sink
 from kvbench.evaluation.samples import Cell, ask, read_cell
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kvbench.cache import Calibration
     from kvbench.evaluation.choices import MethodChoice
     from kvbench.models.load import LoadedModel
@@ -140,7 +143,8 @@ class Session:
         self.close()
         request = self.request
         loaded = load(request.models[model], request.device, request.dtype)
-        return statistics_of(loaded, request.calibration_samples, request.seed)
+        names = statistics_for(calibrated(request.methods))
+        return statistics_of(loaded, names, request.calibration_samples, request.seed)
 
     def _announce(self, label: str) -> None:
         """Name the cell of the grid when it begins."""
@@ -206,18 +210,17 @@ def calibration(
     Raises:
         UserError: they belong to another revision of the model, or can't be read.
     """
-    if not calibrated_methods(request.methods):
+    names = statistics_for(calibrated(request.methods))
+    if not names:
         return None
-    from kvbench.cache import save_calibration
-
     path = calibration_path(request, loaded.entry)
-    if given is None and request.calibration is None and not path.exists():
-        progress.note(calibration_note(request, loaded.entry))
-        # Kept beside the rows: a run that goes on must store the same codes.
-        save_calibration(statistics_of(loaded, request.calibration_samples, request.seed), path)
     if given is not None:
         return checked_statistics(given, path, loaded)
-    return kept_statistics(path, loaded)
+    if request.calibration is None and (missing := lacking(path, names)):
+        progress.note(calibration_note(request, loaded.entry))
+        samples, seed = request.calibration_samples, request.seed
+        keep_statistics(statistics_of(loaded, missing, samples, seed), path)
+    return kept_statistics(path, loaded, names)
 
 
 def calibration_path(request: EvalRequest, entry: ModelEntry) -> Path:
@@ -228,22 +231,9 @@ def calibration_path(request: EvalRequest, entry: ModelEntry) -> Path:
 def calibration_note(request: EvalRequest, entry: ModelEntry) -> str:
     """What is said before statistics are gathered."""
     return (
-        f"calibrating {entry.name} for {', '.join(calibrated_methods(request.methods))} on "
-        f"{request.calibration_samples} samples of a split "
-        "which no task scores"
+        f"calibrating {entry.name} for {', '.join(calibrated(request.methods))} on "
+        f"{request.calibration_samples} samples of a split which no task scores"
     )
-
-
-def calibrated_methods(choices: Iterable[MethodChoice]) -> list[str]:
-    """The methods that need statistics."""
-    from kvbench.cache import ForeignCache
-
-    methods = ((choice.spec, choice.quantizer) for choice in choices)
-    return [
-        spec
-        for spec, method in methods
-        if not isinstance(method, ForeignCache) and method.needs.statistics
-    ]
 
 
 def _is_peer(choice: MethodChoice) -> bool:

@@ -74,7 +74,7 @@ class Worker(Silent):
         if setup.threads is not None:
             torch.set_num_threads(setup.threads)
         self._known, self._outcome = setup.known, Outcome()
-        statistics = {name: _statistics(content) for name, content in setup.statistics.items()}
+        statistics = {name: from_bytes(content) for name, content in setup.statistics.items()}
         self._session = Session(setup.request, self, self, statistics)
 
     def get_version(self) -> str:
@@ -87,7 +87,7 @@ class Worker(Silent):
         try:
             if isinstance(task, Calibrate):
                 statistics = self._session.calibrate(task.model)
-                self._outcome.statistics = task.model, _content(statistics)
+                self._outcome.statistics = task.model, to_bytes(statistics)
             else:
                 self._session.run(task)
         except UserError as error:
@@ -116,7 +116,8 @@ class Worker(Silent):
         self._outcome.advances += 1
 
 
-def _content(calibration: Calibration) -> bytes:
+def to_bytes(calibration: Calibration) -> bytes:
+    """What `save_calibration` writes."""
     from kvbench.cache import save_calibration
 
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +126,8 @@ def _content(calibration: Calibration) -> bytes:
         return path.read_bytes()
 
 
-def _statistics(content: bytes) -> Calibration:
+def from_bytes(content: bytes) -> Calibration:
+    """The statistics that `to_bytes` wrote."""
     from kvbench.cache import load_calibration
 
     with tempfile.TemporaryDirectory() as folder:

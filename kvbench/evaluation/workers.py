@@ -15,17 +15,12 @@ from typing import Any, Protocol
 
 import kvbench
 from kvbench.errors import UserError
-from kvbench.evaluation.files import write_atomically
+from kvbench.evaluation.calibration import calibrated, keep_statistics, lacking, statistics_for
 from kvbench.evaluation.progress import Progress
 from kvbench.evaluation.request import EvalRequest
-from kvbench.evaluation.session import (
-    Job,
-    calibrated_methods,
-    calibration_note,
-    calibration_path,
-)
+from kvbench.evaluation.session import Job, calibration_note, calibration_path
 from kvbench.evaluation.store import Store
-from kvbench.evaluation.worker import Calibrate, Outcome, Setup, Task
+from kvbench.evaluation.worker import Calibrate, Outcome, Setup, Task, from_bytes
 
 RETRIES = 2
 """How often a task is given to another worker before the run gives up."""
@@ -92,17 +87,15 @@ def _executor(request: EvalRequest) -> AbstractContextManager[Executor]:
 
 
 def _statistics(executor: Executor, request: EvalRequest, progress: Progress) -> dict[str, bytes]:
-    """Each model's statistics, gathered by workers where the folder lacks them."""
+    """Each model's statistics, gathered by workers where a run's own file lacks some."""
     from kvbench.cache import load_calibration
 
-    if not calibrated_methods(request.methods):
+    names = statistics_for(calibrated(request.methods))
+    if not names:
         return {}
     paths = [calibration_path(request, entry) for entry in request.models]
-    missing = [
-        index
-        for index, path in enumerate(paths)
-        if request.calibration is None and not path.exists()
-    ]
+    own = request.calibration is None
+    missing = [index for index, path in enumerate(paths) if own and lacking(path, names)]
     for index in missing:
         progress.note(calibration_note(request, request.models[index]))
     tasks, setup = [Calibrate(index) for index in missing], Setup(request, threads=executor.threads)
@@ -111,10 +104,9 @@ def _statistics(executor: Executor, request: EvalRequest, progress: Progress) ->
             if outcome.fault is not None:
                 raise UserError(outcome.fault)
             model, content = outcome.statistics
-            paths[model].parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(paths[model], content)
+            keep_statistics(from_bytes(content), paths[model])
     for path in paths:
-        load_calibration(path)  # the user's own may be damaged: here, before workers start
+        load_calibration(path, names)  # the user's may be damaged: here, before workers start
     return {
         entry.name: path.read_bytes() for entry, path in zip(request.models, paths, strict=True)
     }

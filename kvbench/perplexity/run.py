@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import kvbench
 from kvbench.errors import UserError
-from kvbench.evaluation.calibration import kept_statistics, statistics_of_text
+from kvbench.evaluation.calibration import (
+    calibrated,
+    keep_statistics,
+    kept_statistics,
+    lacking,
+    statistics_for,
+    statistics_of_text,
+)
 from kvbench.evaluation.environment import environment
 from kvbench.evaluation.hardware import check_available, is_out_of_memory, load
 from kvbench.evaluation.lines import Lines
-from kvbench.evaluation.session import calibrated_methods, prepared_methods
+from kvbench.evaluation.session import prepared_methods
 from kvbench.evaluation.store import write_run
 from kvbench.evaluation.text import Text, Windows, cut, read_text
 from kvbench.perplexity.rows import KIND, Identity, PerplexityRow, Scores, make_row
@@ -232,20 +239,20 @@ class Runner:
 
     def _statistics(self) -> Calibration | None:
         """Of the held-out windows, made once and kept beside the rows; None if nobody asks."""
-        from kvbench.cache import save_calibration
-
-        needing = calibrated_methods(self._request.methods)
-        if not needing:
+        needing = calibrated(self._request.methods)
+        names = statistics_for(needing)
+        if not names:
             return None
         loaded, held_out = self._loaded, self._windows.held_out
         path = self._calibration_file()
-        if not path.exists():
+        if missing := lacking(path, names):
             self._progress.note(
                 f"calibrating {loaded.entry.name} for {', '.join(needing)} on the last "
                 f"{len(held_out)} windows of {self._text.name}, which are not scored"
             )
-            save_calibration(statistics_of_text(loaded, self._text, held_out), path)
-        return kept_statistics(path, loaded)
+            made = statistics_of_text(loaded, missing, self._text, held_out)
+            keep_statistics(made, path)
+        return kept_statistics(path, loaded, names)
 
     def _calibration_file(self) -> Path:
         made_on = f"{self._text.sha256[:12]}-{self._request.window}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kvbench.cache import EXACT, LayerQuantizer, LayerSpec, Uniform
+from kvbench.cache import LayerQuantizer, LayerSpec, kept_exact
 from kvbench.registry import METHODS, configured, parse_spec
 
 TEXT_FAMILIES = {
@@ -145,7 +145,7 @@ class Exactly:
         return self.inner.needs
 
     def layer(self, spec: LayerSpec, calibration: Any) -> LayerQuantizer:
-        return replace(self.inner.layer(spec, calibration), plan=Uniform(EXACT))
+        return kept_exact(self.inner.layer(spec, calibration))
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from kvbench import quantized_cache
 from kvbench.cache import (
     Calibration,
+    LayerSpec,
     calibrate_statistics,
     load_calibration,
     save_calibration,
 )
-from kvbench.cache.calibration import STATISTICS
+from kvbench.cache.statistics import STATISTICS, statistic_shape
 from kvbench.errors import UserError
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -67,7 +68,8 @@ def valid_rows(outputs: list[Any], width: int) -> np.ndarray:
     real = [
         prompt.get("attention_mask", torch.ones_like(prompt["input_ids"])) for prompt in prompts()
     ]
-    rows = [out[mask.bool().numpy()] for out, mask in zip(outputs, real, strict=True)]
+    first_pass = zip(outputs[: len(real)], real, strict=True)
+    rows = [out[mask.bool().numpy()] for out, mask in first_pass]
     return np.concatenate(rows).reshape(-1, outputs[0].shape[-1] // width, width)
 
 
@@ -80,7 +82,10 @@ def test_statistics_equal_reductions_of_the_projections(tiny_text_model, name: s
     assert set(calibration.statistics) == set(STATISTICS)
     assert calibration.manifest == {"data": "two prompts", "prompts": "2"}
     shape = (config.num_hidden_layers, config.num_key_value_heads, 16)
-    assert {tuple(t.shape) for t in calibration.statistics.values()} == {shape}
+    for statistic, tensor in calibration.statistics.items():
+        matrix = statistic.endswith("second_moment")
+        assert tuple(tensor.shape) == (*shape, 16) if matrix else shape
+        assert tensor.dtype == torch.float32
     for layer in range(config.num_hidden_layers):
         keys, values = (valid_rows(seen[f"{letter}{layer}"], 16) for letter in "kv")
         expected = {
@@ -89,6 +94,7 @@ def test_statistics_equal_reductions_of_the_projections(tiny_text_model, name: s
             "value_min": values.min(0),
             "value_max": values.max(0),
             "value_absmax": np.abs(values).max(0),
+            "key_mean": keys.mean(0),
         }
         for statistic, wanted in expected.items():
             got = calibration.of(statistic, layer).numpy()
@@ -119,9 +125,51 @@ def test_magnitudes_after_rope_follow_positions(tiny_text_model) -> None:
     with projections(model) as seen:
         calibration = calibrate_statistics(model, [{"input_ids": one} for one in ids], {})
     for statistic, letter in (("query_absmax", "q"), ("key_absmax", "k")):
-        states = np.abs(np.concatenate(seen[f"{letter}1"])[:, 0]).reshape(3, 2, -1, 16)
+        states = np.abs(np.concatenate(seen[f"{letter}1"][:3])[:, 0]).reshape(3, 2, -1, 16)
         got = calibration.of(statistic, 1).numpy()
         np.testing.assert_allclose(got, states.max((0, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "multi_head"])
+def test_second_moments_are_over_real_tokens(tiny_text_model, name: str) -> None:
+    """One-token prompts are at position 0, where RoPE does nothing."""
+    model = tiny_text_model(**MODELS[name]).model
+    ids = [torch.tensor([[token]]) for token in (40, 90, 121, 33)]
+    with projections(model) as seen:
+        calibration = calibrate_statistics(model, ({"input_ids": one} for one in ids), {})
+    heads = model.config.num_key_value_heads
+    q, k, v = (
+        np.concatenate(seen[f"{letter}1"])[:, 0].reshape(-1, heads, groups, 16)[:4]
+        for letter, groups in (("q", 4 // heads), ("k", 1), ("v", 1))
+    )
+    for head in range(heads):
+        queries = q[:, head].reshape(-1, 16)
+        moment = queries.T @ queries / len(queries)
+        got = calibration.of("query_second_moment", 1)[head].numpy()
+        np.testing.assert_allclose(got, moment, rtol=1e-4, atol=1e-6)
+        keys, values = k[:, head, 0], v[:, head, 0]
+        weights = np.array([key @ moment @ key for key in keys])
+        expected = (values * (weights / weights.mean())[:, None]).T @ values / len(values)
+        got = calibration.of("value_second_moment", 1)[head].numpy()
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_only_what_is_asked_for_is_gathered(tiny_text_model) -> None:
+    model, passes = tiny_text_model().model, []
+
+    class Prompts:
+        def __iter__(self) -> Iterator[Any]:
+            passes.append(1)
+            return iter(prompts())
+
+    found = calibrate_statistics(model, Prompts(), {}, ["key_mean", "output_weight_absmax"])
+    assert set(found.statistics) == {"key_mean", "output_weight_absmax"}
+    assert len(passes) == 1
+    found = calibrate_statistics(model, Prompts(), {}, ["value_second_moment"])
+    assert set(found.statistics) == {"query_second_moment", "value_second_moment"}
+    assert len(passes) == 3
+    with pytest.raises(UserError, match="unknown statistics key_mode"):
+        calibrate_statistics(model, Prompts(), {}, ["key_mode"])
 
 
 @pytest.mark.parametrize("name", ["llama", "multi_head"])
@@ -166,7 +214,9 @@ def test_no_prompts_is_an_error(tiny_text_model) -> None:
 @pytest.fixture
 def calibration() -> Calibration:
     source = torch.Generator().manual_seed(0)
-    statistics = {name: torch.rand(2, 2, 16, generator=source) for name in STATISTICS}
+    specs = [LayerSpec(layer, 2, 4, 2, 16) for layer in range(2)]
+    shapes = {name: statistic_shape(name, specs) for name in STATISTICS}
+    statistics = {name: torch.rand(shape, generator=source) for name, shape in shapes.items()}
     return Calibration(statistics, {"model": "tiny", "revision": "abc", "seed": "7"})
 
 
@@ -212,8 +262,9 @@ def test_statistics_may_not_be_missing(calibration, tmp_path: Path) -> None:
     path = tmp_path / "tiny.safetensors"
     few = {name: t for name, t in calibration.statistics.items() if name != "key_min"}
     save_calibration(Calibration(few), path)
-    with pytest.raises(UserError, match="key_min"):
-        load_calibration(path)
+    assert load_calibration(path, ["key_max"]).statistics.keys() == few.keys()
+    with pytest.raises(UserError, match=r"lacks key_min; run `kvbench calibrate`"):
+        load_calibration(path, ["key_max", "key_min"])
 
 
 def test_unwritable_places_are_named(calibration, tmp_path: Path) -> None:

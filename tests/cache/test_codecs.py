@@ -154,7 +154,7 @@ def test_code_width_is_what_was_asked_for() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("zero", "metadata"), METADATA)
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_stored_bytes_equal_bits_per_element(
     bits: int, zero: str, metadata: str, layout: str
 ) -> None:
@@ -333,20 +333,30 @@ def test_bad_parameters_are_refused(values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "group", "channels"),
-    [(3, 8, 8), (16, 8, 8), (0, 8, 8), (2, 5, 8), (2, (3, 4), 8), (1, 4, 4), (2, 2, 2), (4, 1, 1)],
+    [
+        (6, 8, 8),
+        (3, 4, 4),
+        (16, 8, 8),
+        (0, 8, 8),
+        (2, 5, 8),
+        (2, (3, 4), 8),
+        (1, 4, 4),
+        (2, 2, 2),
+        (4, 1, 1),
+    ],
 )
 def test_vectors_that_do_not_fit_are_refused(bits: int, group: Any, channels: int) -> None:
     with pytest.raises(UserError):
         Affine(bits, group).check(channels)
 
 
-@pytest.mark.parametrize("bits", [0, 3, 5, 16, -1])
+@pytest.mark.parametrize("bits", [0, 5, 6, 16, -1])
 def test_other_widths_are_refused(bits: int) -> None:
     with pytest.raises(UserError, match="packed"):
         check_packable(bits, 64)
 
 
-@pytest.mark.parametrize(("bits", "length"), [(1, 12), (2, 6), (4, 3)])
+@pytest.mark.parametrize(("bits", "length"), [(1, 12), (2, 6), (3, 12), (4, 3)])
 def test_codes_must_fill_their_bytes(bits: int, length: int) -> None:
     with pytest.raises(UserError, match="whole bytes"):
         check_packable(bits, length)

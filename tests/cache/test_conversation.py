@@ -21,6 +21,15 @@ METHODS = (
     "skvq[reorder=false,window=8]",
 )
 
+ATTENTIVE = (
+    "mikv[ratio=0.3]",
+    "mikv[ratio=0.3,high_bits=8]",
+    "zipcache[stream=6]",
+    "zipvl[stream=6,drop=true,tau=0.8]",
+    "kvcrush[start=2,recent=4,keep=0.4]+skvq[reorder=false,window=8]",
+)
+"""Methods that ask for queries, too."""
+
 
 def second_turn(first: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The answer and a new question behind the first prompt."""
@@ -49,7 +58,7 @@ def test_fp16_goes_on_like_the_dynamic_cache(
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", (*METHODS, *ATTENTIVE))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_storage_goes_on_in_any_basis(
     case, exactly, greedy, distance, family: str, method: str, protocol: str
@@ -67,7 +76,7 @@ def test_exact_storage_goes_on_in_any_basis(
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", (*METHODS, *ATTENTIVE))
 def test_padded_rows_of_a_conversation_equal_the_same_rows_alone(
     case, method: str, protocol: str
 ) -> None:
@@ -176,7 +185,7 @@ def test_a_vision_mask_of_other_rows_is_refused(case, greedy) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", (*METHODS, *ATTENTIVE))
 def test_a_cache_can_be_reset(case, greedy, distance, method: str, protocol: str) -> None:
     given = case("llama")
     cache = quantized_cache(given.model, method, protocol=protocol)

@@ -93,7 +93,16 @@ def test_padded_rows_equal_the_same_rows_alone(
             torch.testing.assert_close(mine[row], alone[0], atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["rtn_int2", "skvq[reorder=false,window=8,metadata=fp8]"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "rtn_int2",
+        "skvq[reorder=false,window=8,metadata=fp8]",
+        "mikv[ratio=0.3]",
+        "zipcache[stream=3]",
+        "zipvl[stream=3,drop=true,tau=0.8]",
+    ],
+)
 def test_beams_carry_their_own_history(case, greedy, method: str) -> None:
     """Beam search on a padded batch answers as on each row alone."""
     given = case("llama")

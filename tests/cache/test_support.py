@@ -107,7 +107,7 @@ CHANNELS = Affine(2, 8)
     ("key", "value"),
     [
         (Side({2: Affine(2, 5)}), Side({2: CHANNELS})),  # groups that don't divide the channels
-        (Side({3: Affine(3, 8)}), Side({3: Affine(3, 8)})),  # bits that can't be packed
+        (Side({5: Affine(5, 8)}), Side({5: Affine(5, 8)})),  # bits that can't be packed
         (Side({2: Affine(2, (5, 6))}), Side({2: CHANNELS})),  # uneven groups of too few channels
         (Side({2: TOKENS}), Side({2: TOKENS})),  # groups of tokens and no window
         (Side({2: TOKENS}, window=Sliding(16)), Side({2: CHANNELS}, window=Sliding(16))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from kvbench.models.load import LoadedModel, load_model
 from kvbench.tasks.minimile import CALIBRATION_SEED, FOLDERS, VERSION, draw, sample_rng
 
 Evaluated = Callable[..., list[SampleRow]]
+NEEDED = ("key_min", "key_max", "value_min", "value_max", "key_absmax", "query_absmax")
+NEEDED += ("value_absmax", "output_weight_absmax")
 GRID: dict[str, Any] = {"methods": "fp16,smoothquant,skvq[window=8]", "tasks": "oe", "limit": 2}
 
 
@@ -42,9 +45,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     gather = session.statistics_of
 
-    def counted(loaded: Any, samples: int, *more: Any) -> Any:
+    def counted(loaded: Any, names: Any, samples: int, *more: Any) -> Any:
         found.append(samples)
-        return gather(loaded, samples, *more)
+        return gather(loaded, names, samples, *more)
 
     monkeypatch.setattr(session, "statistics_of", counted)
     return found
@@ -61,13 +64,55 @@ def test_eval_calibrates_once_and_says_so(
     kept = tmp_path / "run" / "calibration" / "tiny.safetensors"
     content = kept.read_bytes()
     prints = {row.method: row.calibration for row in rows}
-    assert prints["fp16"] == "" and prints["smoothquant"] == prints["skvq[window=8]"] != ""
+    assert prints["fp16"] == ""
+    assert "" != prints["smoothquant"] != prints["skvq[window=8]"] != ""
 
     again = evaluated(listener, **GRID | {"limit": 3, "calibration_samples": 5})
     assert made == [3] and len(listener.notes) == 1
     assert kept.read_bytes() == content
     assert again[: len(rows)] == rows
     assert {row.calibration for row in again} == set(prints.values())
+
+
+def test_what_another_method_needs_is_added_and_changes_no_row(
+    evaluated: Evaluated, listener: Any, made: list[int], private_cache: Path, tmp_path: Path
+) -> None:
+    first = evaluated(listener, **GRID | {"methods": "fp16,skvq[window=8]"})
+    kept = tmp_path / "run" / "calibration" / "tiny.safetensors"
+    before = load_calibration(kept)
+    assert set(before.statistics) == {"key_min", "key_max", "value_min", "value_max"}
+    again = evaluated(listener, **GRID | {"calibration_samples": 5, "seed": 0})
+    after = load_calibration(kept)
+    assert made == [3, 3]  # on the samples that the file was made with
+    assert after.manifest == before.manifest
+    assert set(after.statistics) > set(before.statistics)
+    same = [row for row in again if row.method in ("fp16", "skvq[window=8]")]
+    assert sorted(row.key for row in same) == sorted(row.key for row in first)
+
+
+def test_the_verb_gathers_what_the_methods_need(
+    private_cache: Path, tmp_path: Path, tiny_llava_folder: Path
+) -> None:
+    request = CalibrationRequest(
+        methods=choose_methods("skvq"),
+        models=choose_models(f"tiny={tiny_llava_folder}"),
+        out=tmp_path / "out",
+        samples=1,
+        device="cpu",
+    )
+    (path,) = calibrate(request, Silent())
+    assert set(load_calibration(path).statistics) == set(NEEDED[:4])
+    with pytest.raises(UserError, match="nothing to calibrate"):
+        list(calibrate(replace(request, methods=choose_methods("kivi,fp16")), Silent()))
+
+
+def test_a_file_that_lacks_what_a_method_needs_is_named(
+    evaluated: Evaluated, loaded: LoadedModel, private_cache: Path, tmp_path: Path
+) -> None:
+    found = statistics_of(loaded, NEEDED[:4], 1, 0)
+    save_calibration(found, tmp_path / "kept" / "tiny.safetensors")
+    with pytest.raises(UserError, match=r"lacks .*query_absmax.*; run `kvbench calibrate`"):
+        evaluated(**GRID, calibration=tmp_path / "kept")
 
 
 def test_without_such_methods_nothing_is_calibrated(
@@ -83,7 +128,7 @@ def test_statistics_of_another_revision_are_refused(
     evaluated: Evaluated, loaded: LoadedModel, private_cache: Path, tmp_path: Path
 ) -> None:
     kept = tmp_path / "kept" / "tiny.safetensors"
-    found = statistics_of(loaded, 1, 0)
+    found = statistics_of(loaded, NEEDED, 1, 0)
     other = Calibration(found.statistics, {**found.manifest, "revision": "another"})
     save_calibration(other, kept)
     with pytest.raises(UserError, match=f"{kept} was made for revision another of tiny, not"):
@@ -140,7 +185,7 @@ def test_prompts_come_from_all_tasks_evenly(
         return ask(model, task, sample)
 
     monkeypatch.setattr(calibration_module, "ask", watched)
-    found = statistics_of(loaded, 14, 0)
+    found = statistics_of(loaded, ["key_min"], 14, 0)
     counts = [sum(name == task for name, _ in asked) for task in dict(asked)]
     assert len(asked) == 14 and max(counts) == 2
     assert {folder for _, folder in asked} == {f"minimile-{VERSION}-seed{CALIBRATION_SEED}-14"}
@@ -161,7 +206,7 @@ def test_extremes_are_those_of_the_prompts(
     layer = loaded.model.model.language_model.layers[0].self_attn.v_proj
     handle = layer.register_forward_hook(lambda _m, _i, out: seen.append(out.detach()))
     try:
-        found = statistics_of(loaded, 2, 0)
+        found = statistics_of(loaded, NEEDED, 2, 0)
     finally:
         handle.remove()
     values = torch.cat([out[0].view(-1, 2, 16) for out in seen])

@@ -14,9 +14,10 @@ from kvbench.kernels.packing import pack, unpack
 @st.composite
 def codes(draw: st.DrawFn) -> tuple[int, np.ndarray]:
     """Any number of whole bytes, around the 8 and 16 that are moved at once; any leading shape."""
-    bits = draw(st.sampled_from([1, 2, 4, 8]))
+    bits = draw(st.sampled_from([1, 2, 3, 4, 8]))
     shape = draw(st.lists(st.integers(0, 4), max_size=3))
-    per_row = draw(st.integers(1, 40) | st.sampled_from([16, 32, 64, 128])) * 8 // bits
+    per_row = draw(st.integers(1, 40) | st.sampled_from([16, 32, 64, 128]))
+    per_row *= 8 if bits == 3 else 8 // bits
     source = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     values = source.integers(0, 2**bits, (*shape, per_row), dtype=np.uint8)
     return bits, values if draw(st.booleans()) else np.full_like(values, 2**bits - 1)
@@ -48,6 +49,16 @@ def test_round_trip_and_size(case: tuple[int, np.ndarray]) -> None:
 def test_lowest_bits_come_first(bits: int, values: list[int], byte: int) -> None:
     packed = pack(torch.tensor(values, dtype=torch.uint8), bits)
     assert packed.tolist() == [byte]
+
+
+def test_eight_codes_of_three_bits_fill_three_bytes() -> None:
+    """One little-endian number of 24 bits, the first code in its lowest."""
+    values = torch.randint(0, 8, (5, 2, 24), dtype=torch.uint8)
+    packed = pack(values, 3)
+    assert packed.shape == (5, 2, 9)
+    for row, some in zip(packed.view(-1, 3), values.view(-1, 8), strict=True):
+        number = sum(code << (3 * place) for place, code in enumerate(some.tolist()))
+        assert row.tolist() == list(number.to_bytes(3, "little"))
 
 
 def test_packing_leaves_its_input_alone() -> None:

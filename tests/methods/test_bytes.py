@@ -66,6 +66,40 @@ def without_pivots(length: int, salient: bool) -> int:
     return 2 * (H * ((length - 8) * packed(2) + 8 * EXACT) + 8)
 
 
+def vectors(key: int, value: int) -> Callable[[int, bool], int]:
+    """So many bytes a key and a value of every token."""
+    return lambda length, salient: H * length * (key + value)
+
+
+def oscar(length: int, salient: bool) -> int:
+    """2 sinks and 8 to 15 recent tokens exact: eight leave together."""
+    recent = min(length, 8) + max(length - 8, 0) % 8
+    packed_tokens = max(length - recent - 2, 0)
+    return 2 * (H * ((length - packed_tokens) * EXACT + packed_tokens * packed(2)) + recent)
+
+
+def rotatekv(length: int, salient: bool) -> int:
+    """Three pivots exact at once, others packed; keys know their column."""
+    return 2 * H * (3 * EXACT + (length - 3) * packed(2)) + 4 * length
+
+
+def vidkv(key: int, value: int) -> Callable[[int, bool], int]:
+    """So many bytes a block of 8 tokens; the order of the channels is int16."""
+
+    def total(length: int, salient: bool) -> int:
+        exact = (length - PROMPT // 8 * 8) % 16
+        blocks = (length - exact) // 8
+        return H * (blocks * (key + value) + 2 * exact * EXACT) + 2 * exact + 2 * D
+
+    return total
+
+
+def calibquant(length: int, salient: bool) -> int:
+    """A bit for each number of vision tokens, two float16 numbers a channel for all of them."""
+    vision = len(VISION)
+    return 2 * H * (vision * D // 8 + 4 * D + (length - vision) * EXACT)
+
+
 def mikv(length: int, salient: bool) -> int:
     """A fifth exact in each head, with 4 bytes of score; half a head shares metadata."""
     kept = length // 5
@@ -109,6 +143,20 @@ FORMULAS: dict[str, Callable[[int, bool], int]] = {
     "skvq": skvq,
     "akvq_vl": akvq,
     "rtn_int2_wht_tsa": without_pivots,
+    "fp8": vectors(D + 4, D + 4),
+    "nvfp4": vectors(D // 2 + 1, D // 2 + 1),
+    "quarot_kv": rtn(4),
+    "turboquant_k8v4": vectors(D, D // 2 + 4),
+    "turboquant_4bit_nc": vectors(D // 2 + 2, D // 2 + 4),
+    "turboquant_k3v4_nc": vectors(3 * D // 8 + 2, D // 2 + 4),
+    "turboquant_3bit_nc": vectors(3 * D // 8 + 2, 3 * D // 8 + 4),
+    "turboquant_paper": vectors(3 * D // 8 + 2, 3 * D // 8 + 2),
+    "oscar": oscar,
+    "rotatekv": rotatekv,
+    # 8 channels of 2 bits and 8 coefficients of 1; 128 codes in 26 bytes.
+    "vidkv": vidkv(8 * 2 + 8 * 4 + 8 + 8 * 2, 26 + 16 * 2),
+    "vidkv_as_shipped": vidkv(8 * 2 + 8 * 4 + 16 + 16 * 2, 32 + 16 * 2),
+    "calibquant": calibquant,
     "mikv": mikv,
     "zipcache": zipcache,
     "zipvl": zipvl,

@@ -6,6 +6,7 @@ and the length of the prompt.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import cumulative_trapezoid
 from scipy.linalg import hadamard
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -182,11 +184,225 @@ def _akvq(step: Step, bits: Array, exact: Array) -> tuple[Array, Array]:
     return sides[0], sides[1]
 
 
+def e4m3(x: Array) -> Array:
+    """The nearest of 3-bit mantissas with exponents from -6, up to 448."""
+    exponent = np.clip(np.floor(np.log2(np.maximum(np.abs(x), 1e-30))), -6, 8)
+    step = 2.0 ** (exponent - 3)
+    return np.clip(np.rint(x / step) * step, -448, 448)
+
+
+def fp8(step: Step) -> tuple[Array, Array]:
+    sides = []
+    for x in (step.keys, step.values):
+        scale = (np.abs(x).max(-1, keepdims=True) / 448).astype(np.float32)
+        sides.append(e4m3(x / scale) * scale)
+    return sides[0], sides[1]
+
+
+def fp8_static(step: Step) -> tuple[Array, Array]:
+    return e4m3(step.keys / 0.01) * 0.01, e4m3(step.values / 0.01) * 0.01
+
+
+def nvfp4(step: Step) -> tuple[Array, Array]:
+    """A head is one block of 16."""
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    sides = []
+    for name, x in (("key", step.keys), ("value", step.values)):
+        whole = STATISTICS[f"{name}_absmax"].max() / 448
+        block = e4m3(np.abs(x).max(-1, keepdims=True) / 6 / whole) * whole
+        code = np.abs(np.abs(x / block)[..., None] - levels).argmin(-1)
+        sides.append(np.sign(x) * levels[code] * block)
+    return sides[0], sides[1]
+
+
+ROTATION = hadamard(WIDTH) / np.sqrt(WIDTH)
+
+
+def quarot(step: Step) -> tuple[Array, Array]:
+    keys, values = (
+        by_token(x @ ROTATION, 16, 4, clip=0.95, integer=True) @ ROTATION.T
+        for x in (step.keys, step.values)
+    )
+    return keys, values
+
+
+@functools.cache
+def centroids(bits: int, order: int) -> Array:
+    """Lloyd's iteration on a fine grid; the law of a unit vector's coordinate, or a normal one."""
+    if order:
+        x = np.linspace(-np.sqrt(order), np.sqrt(order), 400_001)
+        density = np.maximum(1 - x * x / order, 0) ** ((order - 3) / 2)
+    else:
+        x = np.linspace(-9, 9, 400_001)
+        density = np.exp(-x * x / 2)
+    mass, moment = (cumulative_trapezoid(y, x, initial=0) for y in (density, density * x))
+    found = np.quantile(x[np.abs(x) < 3], (np.arange(2**bits) + 0.5) / 2**bits)
+    for _ in range(1000):
+        edges = np.concatenate((x[:1], (found[1:] + found[:-1]) / 2, x[-1:]))
+        between = (np.diff(np.interp(edges, x, whole)) for whole in (moment, mass))
+        found = np.divide(*between)
+    return np.asarray(found)
+
+
+def in_codebook(x: Array, bits: int, *, corrected: bool, order: int) -> Array:
+    """Rotated, each direction rounded to the codebook, and turned back."""
+    norm = np.linalg.norm(x, axis=-1, keepdims=True)
+    table = centroids(bits, order)
+    unit = x @ ROTATION / norm * np.sqrt(WIDTH)
+    chosen = table[np.abs(unit[..., None] - table).argmin(-1)]
+    size = np.linalg.norm(chosen, axis=-1, keepdims=True) if corrected else np.sqrt(WIDTH)
+    return np.asarray(half(norm) * chosen / size @ ROTATION.T)
+
+
+def turboquant(step: Step) -> tuple[Array, Array]:
+    keys = in_codebook(step.keys, 3, corrected=True, order=0)
+    return keys, by_token(step.values, 16, 4, integer=False)
+
+
+def turboquant_k8v4(step: Step) -> tuple[Array, Array]:
+    return e4m3(step.keys), by_token(step.values, 16, 4, integer=False)
+
+
+def turboquant_paper(step: Step) -> tuple[Array, Array]:
+    keys, values = (
+        in_codebook(x, 2, corrected=False, order=WIDTH) for x in (step.keys, step.values)
+    )
+    return keys, values
+
+
+def oscar(step: Step) -> tuple[Array, Array]:
+    """2 sinks, 8 to 15 recent tokens; groups of 8 clamped to |x| of rank 5 (keys) and 7."""
+    recent = min(step.length, 8) + max(step.length - 8, 0) % 8
+    sides = []
+    for x, statistic, rank in (
+        (step.keys, "query_second_moment", 5),
+        (step.values, "value_second_moment", 7),
+    ):
+        moment = STATISTICS[statistic][0].mean(0)
+        values, vectors = np.linalg.eigh(moment)
+        signs = [np.sign(column[np.abs(column).argmax()]) for column in vectors.T]
+        turned = vectors * signs @ ROTATION
+        turn = np.empty_like(turned)
+        for place, channel in enumerate(np.argsort(-values)):
+            turn[:, int(f"{place:04b}"[::-1], 2)] = turned[:, channel]
+        stored = x @ turn
+        for head, token in np.ndindex(stored.shape[:2]):
+            if min(2, step.prompt) <= token < step.length - recent:
+                for group in stored[head, token].reshape(2, 8):
+                    limit = np.sort(np.abs(group))[rank]
+                    group[:] = grid(np.clip(group, -limit, limit), 2, integer=False)
+        sides.append(stored @ turn.T)
+    return sides[0], sides[1]
+
+
+def rotatekv(step: Step) -> tuple[Array, Array]:
+    """Both heads turned together before RoPE and sorted; the 3 largest elements' tokens exact."""
+    positions = np.arange(step.length)
+    both = hadamard(2 * WIDTH) / np.sqrt(2 * WIDTH)
+    order = np.argsort(np.concatenate(list(STATISTICS["key_mean"][0])) @ both)
+    largest = np.argsort(-np.abs(step.residual[: step.prompt]).ravel())[:3]
+    packed = ~np.isin(positions, largest // step.residual.shape[1])
+    keys = np.concatenate(list(turn(step.keys, -positions)), -1) @ both
+    values = step.values @ ROTATION
+    for token in np.flatnonzero(packed):
+        cut = slice(token, token + 1)
+        sorted_keys = by_token(keys[None, cut, order], 8, 2, clip=0.8, integer=True)
+        keys[token, order] = sorted_keys[0, 0]
+        values[:, cut] = by_token(values[:, cut], 8, 2, clip=0.8, integer=True)
+    heads = np.stack(np.split(keys @ both.T, KV_HEADS, -1))
+    return turn(heads, positions), values @ ROTATION.T
+
+
+def vidkv(step: Step, salient: bool = False) -> tuple[Array, Array]:
+    """Groups of 8 tokens; packed are the prompt's whole groups, then 16 tokens at a time."""
+    held = step.prompt // 8 * 8
+    before = max(step.length - 1, step.prompt) if step.decoding else step.length
+    packed = held + (before - held) // 16 * 16
+    keys, values = step.keys.copy(), step.values.copy()
+    spread = np.ptp(keys[:, : step.prompt], axis=(0, 1))
+    order = np.argsort(-spread, kind="stable")
+    groups = [np.arange(start, start + 8) for start in range(0, packed, 8)]
+    chosen = np.array([], dtype=int)
+    if salient:
+        vision = np.flatnonzero(step.vision[:held])
+        text = step.residual[: step.prompt][~step.vision[: step.prompt]]
+        count = int(0.8 * len(vision)) // 8 * 8
+        scores = step.residual[vision] @ text.mean(0) if count else vision
+        chosen = np.sort(vision[np.argsort(-scores, kind="stable")[:count]])
+        rest = np.setdiff1d(np.arange(packed), chosen)
+        groups = [*rest.reshape(-1, 8), *chosen.reshape(-1, 8)]
+    for group in groups:
+        for head in range(KV_HEADS):
+            block = keys[head][np.ix_(group, order)]
+            for channel in range(8):
+                block[:, channel] = grid(block[:, channel], 2, integer=False)
+            rows = np.fft.rfft(block[:, 8:], norm="ortho")
+            rows = signs(rows.real) + 1j * signs(rows.imag * [0, 1, 1, 1, 0])
+            block[:, 8:] = np.fft.irfft(rows, n=8, norm="ortho")
+            keys[head][np.ix_(group, order)] = block
+            value = values[head][group]
+            if len(chosen) and group[0] in chosen:
+                value = np.stack([grid(column, 2, integer=False) for column in value.T], 1)
+            else:
+                size = half(np.abs(value).mean(0))
+                value = np.sign(value) * (np.abs(value) > 0.7 * size) * size
+            values[head][group] = value
+    return keys, values
+
+
+def signs(rows: Array) -> Array:
+    """Each number ± the mean magnitude of its column."""
+    return np.where(rows >= 0, 1, -1) * half(np.abs(rows).mean(0))
+
+
+def vidkv_salient(step: Step) -> tuple[Array, Array]:
+    return vidkv(step, salient=True)
+
+
+def vidkv_as_shipped(step: Step) -> tuple[Array, Array]:
+    """Signs and scales lost, as in the released code."""
+    held = step.prompt // 8 * 8
+    before = max(step.length - 1, step.prompt) if step.decoding else step.length
+    keys, values = step.keys.copy(), step.values.copy()
+    order = np.argsort(-np.ptp(keys[:, : step.prompt], axis=(0, 1)), kind="stable")
+    for start in range(0, held + (before - held) // 16 * 16, 8):
+        cut = slice(start, start + 8)
+        for head in range(KV_HEADS):
+            block = keys[head, cut][:, order]
+            for channel in range(8):
+                block[:, channel] = grid(block[:, channel], 2, integer=False)
+            rows = np.fft.fft(block[:, 8:])
+            parts = [(x >= 0) * np.abs(x / np.sqrt(8)).mean(0) for x in (rows.real, rows.imag)]
+            real, imaginary = (half(x) for x in parts)
+            block[:, 8:] = np.fft.ifft((real + 1j * imaginary) * np.sqrt(8)).real
+            keys[head, cut, order] = block.T
+            value = values[head, cut]
+            value[:] = np.sign(value) * (np.abs(value) > 0.5 * half(np.abs(value).mean(0)))
+    return keys, values
+
+
+def calibquant(step: Step) -> tuple[Array, Array]:
+    """Vision tokens of the prompt at the nearer of two levels a channel."""
+    vision = np.flatnonzero(step.vision[: step.prompt])
+    sides = []
+    for x, shrink in ((step.keys, 0.5), (step.values, 0.3)):
+        stored = x.copy()
+        for head, channel in np.ndindex(KV_HEADS, WIDTH) if len(vision) else ():
+            column = x[head, vision, channel]
+            stored[head, vision, channel] = grid(column, 1, clip=shrink, integer=False)
+        sides.append(stored)
+    return sides[0], sides[1]
+
+
 _SOURCE = np.random.default_rng(5)
 STATISTICS = {
     name: _SOURCE.uniform(0.3, 4, (1, KV_HEADS, WIDTH)).astype(np.float32).astype(np.float64)
     for name in ("key_absmax", "query_absmax", "value_absmax", "output_weight_absmax")
 }
+STATISTICS["key_mean"] = _SOURCE.normal(size=(1, KV_HEADS, WIDTH))
+for _name in ("query_second_moment", "value_second_moment"):
+    _spread = _SOURCE.normal(size=(1, KV_HEADS, 40, WIDTH)) * _SOURCE.uniform(0.1, 5, WIDTH)
+    STATISTICS[_name] = (_spread.swapaxes(-1, -2) @ _spread).astype(np.float32).astype(np.float64)
 # Three kinds of channel, far apart in (min, max), so that any k-means finds them.
 _KINDS = {
     "key": _SOURCE.permutation([0] * 20 + [1] * 9 + [2] * 3),
@@ -211,6 +427,23 @@ REFERENCES: dict[str, tuple[str, bool, Callable[[Step], tuple[Array, Array]]]] =
         kivi_without_prompt_residual,
     ),
     "skvq": ("skvq[group_size=11,window=8,sinks=2]", False, skvq),
+    "fp8": ("fp8", False, fp8),
+    "fp8_static": ("fp8[static=0.01]", False, fp8_static),
+    "nvfp4": ("nvfp4", False, nvfp4),
+    "quarot_kv": ("quarot_kv", False, quarot),
+    "turboquant": ("turboquant_k3v4_nc", False, turboquant),
+    "turboquant_k8v4": ("turboquant_k8v4", False, turboquant_k8v4),
+    "turboquant_paper": ("turboquant_paper[bits=2,rotation=hadamard]", False, turboquant_paper),
+    "oscar": ("oscar[group_size=8,sinks=2,recent=8,key_keep=0.7]", False, oscar),
+    "rotatekv": ("rotatekv[group_size=8,pivots=3]", False, rotatekv),
+    "vidkv": ("vidkv[group_size=8,residual=16]", False, vidkv),
+    "vidkv_salient": ("vidkv[group_size=8,residual=16,salient=0.8]", False, vidkv_salient),
+    "vidkv_shipped": (
+        "vidkv_as_shipped[group_size=8,residual=16]",
+        False,
+        vidkv_as_shipped,
+    ),
+    "calibquant": ("calibquant[calibrate=false]", False, calibquant),
     "akvq_text": ("akvq_vl[recent=8,pivots=3,group_size=8]", True, akvq_text_salient),
     "akvq_pivot": ("akvq_vl[recent=8,pivots=3,group_size=8]", False, akvq_pivot_salient),
 }
