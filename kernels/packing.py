@@ -36,7 +36,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         words, mask = words.view(torch.int64), mask * 0x0101010101010101
     # What a shift of a word brings into a byte from the next one is masked away.
     codes = (words >> _places(bits, words.dtype, words.device)).bitwise_and_(mask)
-    wide = packed.is_cpu and packed.shape[-1] % _PIECE == 0
+    wide = packed.is_cpu and packed.shape[-1] % _PIECE == 0 and packed.numel() > 0
     pieces = packed.shape[-1] // _PIECE if wide else packed.shape[-1]
     codes = codes.view(torch.complex128 if wide else torch.uint8)
     shape = (8 // bits, *packed.shape[:-1], pieces)

@@ -8,3 +8,9 @@ class UserError(Exception):
 
     The command line prints the message and exits with code 2; no traceback.
     """
+
+
+def brief(text: str) -> str:
+    """A user's own text for a message: on one line, not longer than 100 characters."""
+    line = repr(text)[1:-1]
+    return line if len(line) <= 100 else line[:97] + "..."

@@ -44,9 +44,17 @@ def split_specs(text: str) -> list[str]:
 def parse_spec(text: str) -> tuple[str, dict[str, str]]:
     """Take ``name[key=value,...]`` apart into the name and the parameters' texts.
 
+    ``a+b`` is short for ``a[base=b]``, a method in front of another.
+
     Raises:
         UserError: The text is not of that form, or sets a parameter twice.
     """
+    first, *behind = _split(text, "+")
+    if behind:
+        name, parameters = parse_spec(first)
+        if "base" in parameters or not all(behind):
+            raise UserError(f"can't read {text!r}: write one method on either side of the +")
+        return name, {**parameters, "base": "+".join(behind)}
     name, bracket, rest = text.strip().partition("[")
     name = name.strip()
     if not name or "]" in name or (bracket and not rest.endswith("]")):
@@ -108,10 +116,10 @@ def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
     return f"{otherwise} {', '.join(known) or 'none'}"
 
 
-def _split(text: str) -> list[str]:
+def _split(text: str, separator: str = ",") -> list[str]:
     items, closing = [""], ""
     for character in text:
-        if character == "," and not closing:
+        if character == separator and not closing:
             items.append("")
             continue
         items[-1] += character

@@ -5,101 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from kvbench.cache import (
-    EXACT,
     Affine,
     Calibration,
     KVQuantizer,
     LayerQuantizer,
     LayerSpec,
     Needs,
+    PivotDetector,
+    PivotSalient,
     Plan,
     Rotate,
     Side,
     Sliding,
-    Tokens,
+    TextSalient,
     Uniform,
     check_fields,
-    filled,
 )
 from kvbench.errors import UserError
-
-Detector = Literal["tokens", "elements", "threshold"]
-
-
-@dataclass(frozen=True)
-class TextSalient:
-    """Text tokens get more bits than vision tokens (section III-B1)."""
-
-    text: int
-    rest: int
-
-    def prompt(self, tokens: Tokens) -> Tensor:
-        """(B, n) int8."""
-        return self.generated(tokens)
-
-    def generated(self, tokens: Tokens) -> Tensor:
-        """(B, n) int8."""
-        bits = filled(tokens, self.text)
-        if tokens.is_vision is not None:
-            bits[tokens.is_vision] = self.rest
-        return bits
-
-
-@dataclass(frozen=True)
-class PivotSalient:
-    """Prompt tokens with massive activations stay exact, on top of another plan (section III-B2).
-
-    `detector` "tokens": the `count` tokens with the largest |x| in the residual stream entering the
-    layer; "elements": the tokens of the `count` largest elements (RotateKV's rule, fewer tokens);
-    "threshold": at most `count` tokens with |x| > 100 and > 1000 times the median (Sun et al.).
-    """
-
-    count: int
-    base: Plan
-    detector: Detector = "tokens"
-
-    def prompt(self, tokens: Tokens) -> Tensor:
-        """(B, n) int8."""
-        bits = self.base.prompt(tokens)
-        if tokens.residual is None or not self.count:
-            return bits
-        stream = tokens.residual.detach()
-        valid = tokens.valid.to(stream.device, non_blocking=True)
-        find = self._largest_elements if self.detector == "elements" else self._largest_tokens
-        bits[(find(stream, valid) & valid).to(bits.device)] = EXACT
-        return bits
-
-    def generated(self, tokens: Tokens) -> Tensor:
-        """(B, n) int8."""
-        return self.base.generated(tokens)
-
-    def _largest_tokens(self, stream: Tensor, valid: Tensor) -> Tensor:
-        """(B, n) bool of a (B, n, hidden) stream: pivots, and any padding where a row lacks them.
-
-        Of equals, the first.
-        """
-        peak = torch.linalg.vector_norm(stream, torch.inf, -1).float().masked_fill(~valid, -1)
-        order = peak.argsort(dim=1, descending=True, stable=True)[:, : self.count]
-        chosen = torch.zeros_like(valid).scatter(1, order, True)
-        if self.detector == "tokens":
-            return chosen
-        known = stream.abs().float().masked_fill(~valid[..., None], torch.nan)
-        median = known.flatten(1).nanmedian(dim=1, keepdim=True).values
-        return chosen & (peak > (1000 * median).clamp_min(100))
-
-    def _largest_elements(self, stream: Tensor, valid: Tensor) -> Tensor:
-        """As `_largest_tokens`, the tokens that hold the largest elements."""
-        magnitude = stream.abs().float().masked_fill(~valid[..., None], -1)
-        count = min(self.count, magnitude[0].numel())
-        last = magnitude.flatten(1).topk(count).values[:, -1, None]
-        above, equal = ((magnitude > last[..., None]).sum(2), (magnitude == last[..., None]).sum(2))
-        before = equal.cumsum(1) - equal
-        left = count - above.sum(1, keepdim=True)
-        return (above > 0) | ((equal > 0) & (before < left))
 
 
 @dataclass(frozen=True)
@@ -123,7 +46,7 @@ class AKVQVL:
     text_bits: int = 4
     group_size: int = 128
     flush_every: int = 1
-    detector: Detector = "tokens"
+    detector: PivotDetector = "tokens"
     text_layers: Literal["salient", "all", "none"] = "salient"
     pivot_layers: Literal["other", "all", "none"] = "other"
     zero: Literal["int", "float"] = "int"

@@ -1,4 +1,13 @@
-"""Offline test bed: environment, a byte-level tokenizer and tiny random models of every family."""
+"""Offline test bed: environment, a byte-level tokenizer and tiny random models of every family.
+
+How much the random tests try is set by environment variables, all with a small default:
+
+KVBENCH_EXAMPLES  examples of each property-based test, other ones at every run (default: 40, always
+                  the same)
+KVBENCH_FUZZ      mutated data sets that the reader is given (300)
+KVBENCH_KILLS     moments at which the writer of a result file is killed (6)
+KVBENCH_SOAK      samples answered in one process whose memory must not grow (240)
+"""
 
 from __future__ import annotations
 
@@ -17,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -43,6 +53,17 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+
+_EXAMPLES = os.environ.get("KVBENCH_EXAMPLES")
+hypothesis.settings.register_profile(
+    "kvbench",
+    deadline=None,  # machines that are shared stand still at times
+    max_examples=int(_EXAMPLES or 40),
+    derandomize=_EXAMPLES is None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("kvbench")
 
 IMAGE_SIZE, PATCH = 56, 14  # 4 x 4 patches: 16 tokens an image for LLaVA
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.analysis.capture import LayerView
-from kvbench.cache import BoundMethod, Side, Transform
+from kvbench.cache import BoundMethod, Transform
 from kvbench.cache.layer import QuantizedLayer
 from kvbench.cache.observers import Observed
+from kvbench.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def layer_error(view: LayerView, method: BoundMethod) -> LayerError:
     spec = method.specs[view.spec.index]
     layer = QuantizedLayer(quantizer, spec, "quantized_prefill", observed)
     step, _ = layer.update(view.keys[None], view.values[None])
+    layer.store(view.query[None], step, view.scaling, view.softcap)
     keys, values = stored_states(layer)
     mask = None if view.mask is None else view.mask[None, None]
     out = layer.attend(nn.Identity(), view.query[None], step, mask, view.scaling, view.softcap)[0]
@@ -53,30 +55,27 @@ def layer_error(view: LayerView, method: BoundMethod) -> LayerError:
 
 def stored_states(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
     """Keys and values (H, T, D) of a layer that holds one prompt, in its order and basis."""
-    key, value = layer.key_store, layer.value_store
-    slots = key.slots().data
-    states = key.side.transform.read(key.read(layer.dtype).data)
-    if key.side.pre_rope:
-        states = layer.observed.rotary.embed(states, slots[:, 0])
-    order = slots.argsort(2)[..., None]
-    keys = torch.take_along_dim(states, order, 2)
-    values = value.side.transform.read(value.read(layer.dtype).data)
-    values = torch.take_along_dim(values, order, 2)
-    heads = layer.spec.num_kv_heads
-    return _undone(keys, key.side, heads, "key"), _undone(values, value.side, heads, "value")
+    key, value, heads = layer.key_store, layer.value_store, layer.spec.num_kv_heads
+    if min(key.lengths) < max(layer.tokens):
+        raise UserError("a method that evicts tokens has no error of each stored token.")
+    order = key.slots().data.argsort(2)[..., None]
+    keys, values = (
+        side.data.take_along_dim(order, 2).reshape(1, heads, -1, layer.spec.head_dim)
+        for side in layer.read()
+    )
+    return _undone(keys, key.transform, "key"), _undone(values, value.transform, "value")
 
 
-def _undone(states: Tensor, side: Side, heads: int, name: str) -> Tensor:
+def _undone(states: Tensor, transform: Transform, name: str) -> Tensor:
     """Read states (1, H, T, C) back in the model's basis, (H, T, D) float32.
 
     Keys meet queries as attend(q) · k, so row d of attend(identity) is what channel d is read by.
     Values are brought back by attend itself.
     """
-    transform: Transform = side.transform
     wide = states.float()
     if name == "value":
         return transform.attend(wide)[0]
-    unit = torch.eye(wide.shape[-1], device=wide.device).expand(1, heads, -1, -1)
+    unit = torch.eye(wide.shape[-1], device=wide.device).expand(1, states.shape[1], -1, -1)
     return (wide @ transform.attend(unit).transpose(2, 3))[0]
 
 

@@ -52,13 +52,14 @@ class Affine:
 
     zero="int" is F2, AKVQ-VL eq. 3-6 (float16 scale, int16 zero point, not clamped to the codes);
     zero="float" is F1, KIVI and SKVQ (float16 scale and minimum); zero="symmetric" is F4,
-    SmoothQuant (float16 scale alone). `group` is a number of neighbours, or the sizes of uneven
-    channel groups. `clip` multiplies both ends of the range ("scale") or shrinks it about its
-    middle ("midpoint"). `metadata` "fp8" stores scale and minimum as float8 e4m3, for zero="float".
+    SmoothQuant (float16 scale alone). `group` is a number of neighbours, the sizes of uneven
+    channel groups, or None: along tokens, all that a row is written at once. `clip` multiplies both
+    ends of the range ("scale") or shrinks it about its middle ("midpoint"). `metadata` "fp8" stores
+    scale and minimum as float8 e4m3, for zero="float".
     """
 
     bits: int
-    group: int | tuple[int, ...]
+    group: int | tuple[int, ...] | None
     along: Along = "channels"
     zero: Zero = "int"
     clip: float = 1.0
@@ -78,13 +79,15 @@ class Affine:
             raise UserError(f"the group size must be positive, not {self.group}.")
         if self.metadata == "fp8" and self.zero != "float":
             raise UserError('fp8 metadata needs zero="float": an integer zero point is exact.')
-        if self.along == "tokens" and not isinstance(self.group, int):
+        if self.along == "tokens" and isinstance(self.group, tuple):
             raise UserError("groups along tokens have one size; give a number, not a list.")
+        if self.along == "channels" and self.group is None:
+            raise UserError("groups along channels need a size.")
 
     @property
-    def block(self) -> int:
+    def block(self) -> int | None:
         """Tokens encoded together."""
-        return self.group if self.along == "tokens" and isinstance(self.group, int) else 1
+        return 1 if isinstance(self.group, tuple) or self.along == "channels" else self.group
 
     def check(self, channels: int) -> None:
         """Raise UserError when vectors of `channels` numbers can't be stored."""
@@ -97,11 +100,16 @@ class Affine:
                 f"{channels} channels can't be cut into groups of {sizes}; choose a group size "
                 "that divides them."
             )
-        if not isinstance(sizes, int) and sum(sizes) != channels:
+        if isinstance(sizes, tuple) and sum(sizes) != channels:
             raise UserError(f"groups of {sum(sizes)} channels don't cover {channels} channels.")
 
     def bits_per_element(self, channels: int) -> float:
-        """Payload plus metadata over the group: specs of the literature write b + m/g."""
+        """Payload plus metadata over the group: specs of the literature write b + m/g.
+
+        What all tokens of a write share counts as nothing.
+        """
+        if self.group is None:
+            return float(self.bits)
         per_group = 16 if self.zero == "symmetric" else 32
         if self.metadata == "fp8":
             per_group = 16
@@ -122,11 +130,15 @@ class Affine:
         return PackedStates(codes, scale, zero[0] if zero else None, self.bits, group, self.along)
 
     def encode(self, x: Tensor) -> Packed:
-        """(B, H, n, C) to codes uint8 and metadata; n must be a multiple of `block`."""
+        """(B, H, n, C) to codes uint8 and metadata; n must be a multiple of `block`, if any."""
         if isinstance(self.group, int):
             states = quantize(x, self.rounding)
-            codes = states.codes.unflatten(2, (-1, self.block)) if self._deep else states.codes
+            codes = states.codes.unflatten(2, (-1, self.group)) if self._deep else states.codes
             meta = tuple(part for part in (states.scale, states.zero) if part is not None)
+        elif self.group is None:
+            meta = self.rounding.metadata(*torch.aminmax(x.float(), dim=2, keepdim=True))
+            spread = (part.float() for part in meta)
+            codes = pack(self.rounding.encode(x.float(), *spread), self.bits)
         else:
             codes, meta = self._encode_uneven(x.float(), self.group)
         if self.metadata == "fp8":
@@ -140,13 +152,15 @@ class Affine:
             meta = tuple(part.view(torch.float8_e4m3fn).float() for part in meta)
         if isinstance(self.group, int):
             return dequantize(self.states((codes, *meta)), dtype)
-        group = _group_of_channel(self.group, codes.device)
-        spread = (part.index_select(-1, group) for part in meta)
+        spread = meta
+        if self.group is not None:
+            group = _group_of_channel(self.group, codes.device)
+            spread = tuple(part.index_select(-1, group) for part in meta)
         return self.rounding.decode(unpack(codes, self.bits), *spread).to(dtype)
 
     @property
     def rounding(self) -> Rounding:
-        """The same in the kernels' terms; group 0 stands for uneven groups."""
+        """The same in the kernels' terms; group 0 stands for what they can't read."""
         group = self.group if isinstance(self.group, int) else 0
         float8 = self.metadata == "fp8"
         return Rounding(self.bits, group, self.along, self.zero, self.clip, self.clip_mode, float8)

@@ -1,13 +1,13 @@
 """What a method implements: four small parts and one function.
 
 A method is a frozen dataclass of hyper-parameters with `layer(spec, calibration)`, which composes a
-transform, a codec and a window for keys and for values, and a plan that says how many bits each
-token gets. It never sees a model, a cache or a loop over layers; the cache owns everything else.
+transform, codecs and a window for keys and for values, and a plan that hands a tier to each token.
+It never sees a model, a cache or a loop over layers; the cache owns everything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -15,11 +15,17 @@ import torch
 from torch import Tensor
 
 EXACT = 16
-"""Bits that mean "keep the token in the model's own 16-bit (or wider) dtype"."""
+"""The tier that keeps a token in the model's own 16-bit (or wider) dtype."""
+EVICTED = 0
+"""The tier of tokens that are not stored at all."""
+DEFERRED = -1
+"""The tier of tokens that the plan settles when they leave the window."""
 
-Protocols = Literal["quantized_prefill", "exact_prefill"]
+Protocols = Literal["quantized_prefill", "exact_prefill", "sparse_prefill"]
 Packed = tuple[Tensor, ...]
 """Codes and metadata of one segment; every tensor is (B, H, n / block, ...)."""
+LogitMap = Callable[[Tensor, Tensor], Tensor]
+"""New logits from (B, Hq, n, T) logits and the (B, 1, n, T) bool mask of those that it is for."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,19 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class SelfAttention:
+    """What n new tokens attend with, exact and after RoPE: see `kvbench.cache.mass`."""
+
+    query: Tensor
+    """(B, Hq, n, D)."""
+    keys: Tensor
+    """(B, H, n, D)."""
+    scaling: float
+    softcap: float | None = None
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Facts about n new tokens of B rows; a field that the method did not ask for is None."""
 
@@ -46,6 +65,8 @@ class Tokens:
     """(B, n) bool, True where an image or video placeholder produced the token."""
     residual: Tensor | None = None
     """(B, n, hidden) residual stream entering the layer; prompt only."""
+    attention: SelfAttention | None = None
+    """Queries and keys of these tokens; None where nothing runs and only sizes are asked for."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +110,21 @@ class Transform:
         """Query (key side) or attention output (value side), (B, Hq, n, D)."""
         return x
 
+    def fit(self, states: Tensor, tokens: Tokens) -> Transform:
+        """The change of basis for rows whose prompt has such states (B, H, n, D); itself if fixed.
+
+        It stays theirs from then on. `tokens.attention` holds queries and keys.
+        """
+        return self
+
+    def select(self, rows: Tensor) -> Transform:
+        """After `fit`: keep rows by index, repeats allowed."""
+        return self
+
+    def row_nbytes(self) -> int:
+        """Bytes that `fit` has to remember for each row."""
+        return 0
+
     def stored_shape(self, spec: LayerSpec) -> tuple[int, int]:
         """(H', C): heads and channels a head in storage."""
         return spec.num_kv_heads, spec.head_dim
@@ -106,14 +142,20 @@ class Codec(Protocol):
         """Nominal bits of a code."""
 
     @property
-    def block(self) -> int:
-        """Tokens that must be encoded together: 1, or the group size when grouped along tokens."""
+    def block(self) -> int | None:
+        """Tokens encoded together: 1, or the group size when grouped along tokens.
+
+        None where all tokens of a row that are written together share metadata.
+        """
 
     def check(self, channels: int) -> None:
         """Raise UserError when vectors of `channels` numbers can't be stored."""
 
     def encode(self, x: Tensor) -> Packed:
-        """(B, H, n, C) to packed tensors (B, H, n / block, ...)."""
+        """(B, H, n, C) to packed tensors (B, H, n / block, ...).
+
+        Where block is None each is (B, H, n, ...) or (B, H, 1, ...), and no row is padded.
+        """
 
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         """Packed tensors to (B, H, n, C)."""
@@ -123,17 +165,32 @@ class Codec(Protocol):
 
 
 class Plan(Protocol):
-    """How many bits each token gets. Decided once, when the token arrives."""
+    """Which tier each token gets. Decided once, when the token arrives.
+
+    Tiers are EXACT, EVICTED, or keys of `Side.codecs`. Answers are (B, n) int8, or (B, H, n) where
+    heads are stored apart.
+    """
 
     def prompt(self, tokens: Tokens) -> Tensor:
-        """(B, n) int8 for the first prompt, the whole of it in view."""
+        """Tiers of the first prompt, the whole of it in view."""
 
     def generated(self, tokens: Tokens) -> Tensor:
-        """(B, n) int8 for tokens that come later."""
+        """Tiers of tokens that come later."""
+
+
+@runtime_checkable
+class DeferringPlan(Plan, Protocol):
+    """A plan that answers DEFERRED and decides when tokens leave the window (ZipCache)."""
+
+    def settle(self, mass: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """(R, n) int8 tiers of tokens that leave, from the attention (R, n) of the newest query.
+
+        Row r has lengths[r] of them. R counts rows, times heads where these are apart.
+        """
 
 
 class Window(Protocol):
-    """Which of the newest tokens of a row stay exact until they get the plan's bits."""
+    """Which of the newest tokens of a row stay exact until they get their tier."""
 
     @property
     def counts_current(self) -> bool:
@@ -143,14 +200,24 @@ class Window(Protocol):
         """Exact tokens of a row that holds `length` tokens, `prompt_length` of them its prompt."""
 
 
+@runtime_checkable
+class RankingWindow(Window, Protocol):
+    """A window that keeps tokens with much accumulated attention, too (MiKV's heavy hitters)."""
+
+    def newest(self, length: int, prompt_length: int) -> int:
+        """Of the tokens that `keep` counts, how many are kept for being the newest."""
+
+
 @dataclass(frozen=True)
 class Side:
     """How the keys or the values of a layer are stored."""
 
     codecs: Mapping[int, Codec] = field(default_factory=dict)
-    """Bits of the plan -> codec; EXACT needs none."""
+    """Tier -> codec; a tier is mostly the bits of its codes. EXACT and EVICTED need none."""
     transform: Transform = field(default_factory=Transform)
     window: Window | None = None
+    recent: Codec | None = None
+    """How tokens in the window are stored, one by one; None: exact."""
     pre_rope: bool = False
     """Keys only: store before rotary position embedding, embed again on every read."""
 
@@ -162,6 +229,19 @@ class LayerQuantizer:
     key: Side
     value: Side
     plan: Plan
+    heads_apart: bool = False
+    """Whether each key/value head has tiers and a window of its own."""
+    evicts: bool = False
+    """Whether the plan may answer EVICTED."""
+    logit_maps: Mapping[int, LogitMap] = field(default_factory=dict)
+    """Tier -> what becomes of the logits of its packed tokens before softmax (CalibQuant)."""
+    sparse_tiers: tuple[int, ...] = ()
+    """Tiers whose prompt tokens take no part in attention under sparse_prefill (ZipVL)."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether everything is kept as it is."""
+        return not (self.key.codecs or self.value.codecs or self.evicts)
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def check_fields(instance: Any) -> None:
-    """Hold every int, float, bool and Literal field of a dataclass against its annotation.
+    """Hold every int, float, bool, str and Literal field of a dataclass against its annotation.
 
     Raises:
         UserError: a value has another type, isn't finite, or is none of the choices.
@@ -38,6 +38,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if kind is str:
+        return isinstance(value, str)
     if kind is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number and math.isfinite(value)
@@ -47,4 +49,7 @@ def _fits(value: Any, kind: Any) -> bool:
 def _expected(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))
-    return {bool: "true or false", int: "a whole number", float: "a finite number"}[kind]
+    return {
+        **{bool: "true or false", int: "a whole number"},
+        **{float: "a finite number", str: "text"},
+    }[kind]

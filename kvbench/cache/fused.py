@@ -16,12 +16,15 @@ from kvbench.kernels.states import Span, States
 
 def unfused(quantizer: LayerQuantizer) -> str | None:
     """Why a layer's storage can't be read by the kernel, or None if it can."""
+    if quantizer.logit_maps:
+        return "the logits of some tokens are changed before softmax"
     for side in (quantizer.key, quantizer.value):
         if side.pre_rope:
             return "keys are stored before rotary embedding"
         if type(side.transform).read is not Transform.read:
             return "heads are stored together"
-        if not all(bits == EXACT or is_even(codec) for bits, codec in side.codecs.items()):
+        codecs = [codec for tier, codec in side.codecs.items() if tier != EXACT]
+        if not all(map(is_even, [*codecs, *filter(None, [side.recent])])):
             return "its codec is not one of even groups with float16 metadata"
     return None
 

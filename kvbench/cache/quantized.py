@@ -19,6 +19,7 @@ from kvbench.cache.contract import (
     LayerQuantizer,
     LayerSpec,
     Protocols,
+    RankingWindow,
     Transform,
     Window,
 )
@@ -54,7 +55,7 @@ class QuantizedCache(Cache):
         return [
             RowUsage(
                 sum(layer.row_nbytes(row) for layer in layers)
-                + self.observed.rotary.row_nbytes(layers[0].key_store.lengths[row]),
+                + self.observed.rotary.row_nbytes(layers[0].tokens[row]),
                 sum(layer.elements[row] for layer in layers),
                 sum(layer.packed_tokens_read[row] for layer in layers),
             )
@@ -159,6 +160,9 @@ def bind(
     quantizers = tuple(resolved.layer(spec, calibration) for spec in specs)
     for quantizer, spec in zip(quantizers, specs, strict=True):
         _check_layer(quantizer, spec)
+        sparse = bool(quantizer.sparse_tiers) and not quantizer.heads_apart
+        if protocol == "sparse_prefill" and not (sparse or quantizer.is_exact):
+            raise UserError(f"{resolved.label} has no sparse prefill; use another protocol.")
     use_kvbench_attention(model)
     return BoundMethod(model, quantizers, tuple(specs), resolved, protocol)
 
@@ -178,8 +182,9 @@ def quantized_cache(
         model: a transformers model whose decoder layers cache plain keys and values. Its attention
             implementation becomes "kvbench", which takes sdpa for all other caches.
         method: a registered name such as "akvq_vl" or "akvq_vl[recent=64]", or an instance.
-        protocol: "quantized_prefill" (prompt queries see the cache as stored) or "exact_prefill"
-            (only the last prompt token and generated tokens do).
+        protocol: "quantized_prefill" (prompt queries see the cache as stored), "exact_prefill"
+            (only the last prompt token and generated tokens do) or, for methods that have it,
+            "sparse_prefill" (as that, and unimportant prompt tokens don't attend at all).
         calibration: statistics, for methods that need them (`kvbench calibrate`).
         text_salient_layers: layers with text-salient attention (AKVQ-VL, Table I).
         vision_mask: (B, T) bool, only for prompts given as embeddings.
@@ -242,14 +247,23 @@ def _check_statistics(
 def _check_layer(quantizer: LayerQuantizer, spec: LayerSpec) -> None:
     """Keys and values of a token must meet again in attention."""
     key, value = quantizer.key, quantizer.value
+    shapes = {side.transform.stored_shape(spec) for side in (key, value)}
+    if quantizer.heads_apart and (
+        key.pre_rope or any(heads != spec.num_kv_heads for heads, _ in shapes)
+    ):
+        raise UserError("heads can't be apart where they are stored together or before RoPE.")
+    if isinstance(key.window, RankingWindow) and key.window != value.window:
+        raise UserError("keys and values must share a window that ranks tokens by attention.")
     mixed = len(key.codecs) > 1 or len(value.codecs) > 1
     if mixed and (set(key.codecs) != set(value.codecs) or key.window != value.window):
         raise UserError("keys and values of mixed precision must share their bits and window.")
     for side in (key, value):
+        if side.recent is not None and side.recent.block != 1:
+            raise UserError("tokens enter a window one by one; its codec must take them so.")
         for bits, codec in side.codecs.items():
             codec.check(side.transform.stored_shape(spec)[1])
-            if bits != EXACT and codec.block > 1:
-                _check_block(side.window, codec.block)
+            if bits != EXACT and (codec.block or 1) > 1:
+                _check_block(side.window, codec.block or 1)
 
 
 def _check_block(window: Window | None, block: int) -> None:

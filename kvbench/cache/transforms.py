@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import cache
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from kvbench.cache.contract import LayerSpec, Transform
+from kvbench.cache.contract import LayerSpec, Tokens, Transform
 from kvbench.cache.hadamard import Rotation, rotation
 from kvbench.errors import UserError
 from kvbench.kernels.hadamard import hadamard
@@ -127,32 +128,68 @@ class ChannelScale(Transform):
     def store(self, x: Tensor) -> Tensor:
         """(B, H, n, D) divided by s."""
         wide = _wide(x)
-        return (wide / self._scale.like(wide)[:, None]).to(x.dtype)
+        return (wide / self._scale.like(wide).unsqueeze(-2)).to(x.dtype)
 
     def attend(self, x: Tensor) -> Tensor:
         """(B, Hq, n, D) multiplied by its key/value head's s."""
         wide = _wide(x)
         scale = self._scale.like(wide)
-        scaled = _grouped(wide, scale.shape[0]) * scale[:, None, None]
+        scaled = _grouped(wide, scale.shape[-2]) * scale[..., None, None, :]
         return scaled.flatten(1, 2).to(x.dtype)
 
-    def matrices(self, spec: LayerSpec) -> Tensor:
+    def matrices(self, spec: LayerSpec) -> Tensor | None:
         """diag(1 / s) for every head."""
         return torch.diag_embed(1 / self._scale.value)
+
+
+class PromptScale(Transform):
+    """A `ChannelScale` of each row's own, measured in its prompt and frozen.
+
+    `measure` gives s from the prompt's states (B, H, n, D) and tokens, as (B, H, D) positive
+    numbers; it is kept as float16.
+    """
+
+    def __init__(self, measure: Callable[[Tensor, Tokens], Tensor]) -> None:
+        """Remember how s is measured."""
+        self._measure = measure
+
+    def fit(self, states: Tensor, tokens: Tokens) -> Transform:
+        """The scales of these rows."""
+        return _RowScale(self._measure(states, tokens).half())
+
+
+class _RowScale(ChannelScale):
+    """What a `PromptScale` measured: s is (B, H, D) float16."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self._scale = _Constant(scale)
+
+    def select(self, rows: Tensor) -> Transform:
+        return _RowScale(self._scale.value.index_select(0, rows.to(self._scale.value.device)))
+
+    def row_nbytes(self) -> int:
+        return self._scale.value[0].nbytes
+
+    def matrices(self, spec: LayerSpec) -> None:
+        return None
 
 
 class MergeHeads(Transform):
     """Stores all heads of a token as one vector, optionally with its channels in another order.
 
     Groups of a codec then run over heads (SKVQ); `order` is a permutation of the H·D channels.
+    `inner` comes before that, on heads: a transform whose own stored shape is (H, D).
     """
 
-    def __init__(self, spec: LayerSpec, order: Tensor | None = None) -> None:
+    def __init__(
+        self, spec: LayerSpec, order: Tensor | None = None, inner: Transform | None = None
+    ) -> None:
         """Keep the order and its inverse.
 
         Raises:
             UserError: the order is no permutation of the channels.
         """
+        self._inner = inner or Transform()
         self._heads, channels = spec.num_kv_heads, spec.num_kv_heads * spec.head_dim
         if order is not None and sorted(order.tolist()) != list(range(channels)):
             raise UserError(f"the order of {channels} channels must name each of them once.")
@@ -161,13 +198,36 @@ class MergeHeads(Transform):
 
     def store(self, x: Tensor) -> Tensor:
         """(B, H, n, D) to (B, 1, n, H·D)."""
-        flat = x.transpose(1, 2).flatten(2).unsqueeze(1)
+        flat = self._inner.store(x).transpose(1, 2).flatten(2).unsqueeze(1)
         return flat if self._order is None else flat.index_select(-1, self._order.like(x))
 
     def read(self, x: Tensor) -> Tensor:
         """(B, 1, n, H·D) back to (B, H, n, D)."""
         flat = x if self._inverse is None else x.index_select(-1, self._inverse.like(x))
-        return flat.squeeze(1).unflatten(-1, (self._heads, -1)).transpose(1, 2)
+        return self._inner.read(flat.squeeze(1).unflatten(-1, (self._heads, -1)).transpose(1, 2))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """What the inner transform does."""
+        return self._inner.attend(x)
+
+    def fit(self, states: Tensor, tokens: Tokens) -> Transform:
+        """The inner transform fitted, heads merged as here."""
+        return self._around(self._inner.fit(states, tokens))
+
+    def select(self, rows: Tensor) -> Transform:
+        """Keep rows of the inner transform."""
+        return self._around(self._inner.select(rows))
+
+    def row_nbytes(self) -> int:
+        """What the inner transform remembers."""
+        return self._inner.row_nbytes()
+
+    def _around(self, inner: Transform) -> Transform:
+        if inner is self._inner:
+            return self
+        other = copy(self)
+        other._inner = inner
+        return other
 
     def stored_shape(self, spec: LayerSpec) -> tuple[int, int]:
         """One head of H·D channels."""

@@ -65,3 +65,35 @@ class Residual:
         if self.prompt_block is None:
             return length % self.size
         return (length - prompt_length + prompt_length % self.prompt_block) % self.size
+
+
+@dataclass(frozen=True)
+class HeavyHitters:
+    """A share of all tokens: the newest, and of the others those that drew most attention (H2O).
+
+    `recent` is the share of the kept tokens that is kept for being new. A token that left never
+    comes back; tokens leave after the step's attention.
+    """
+
+    ratio: float
+    recent: float = 0.5
+    counts_current: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: a share outside [0, 1].
+        """
+        for name, value in (("ratio", self.ratio), ("recent", self.recent)):
+            if not 0.0 <= value <= 1.0:
+                raise UserError(f"the {name} of important tokens must lie in [0, 1], not {value}.")
+
+    def keep(self, length: int, prompt_length: int) -> int:
+        """Exact tokens of a row."""
+        return int(self.ratio * length)
+
+    def newest(self, length: int, prompt_length: int) -> int:
+        """Those that are kept for being new: the larger half of an odd number."""
+        kept = self.keep(length, prompt_length)
+        return kept - int((1 - self.recent) * kept)

@@ -18,6 +18,8 @@ from kvbench.cli import (
     efficiency,
     evaluate,
     listing,
+    lm_eval,
+    perplexity,
     report,
 )
 from kvbench.cli.verbs import Verbs
@@ -34,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("eval")(evaluate.evaluate)
+app.command("perplexity")(perplexity.perplexity)
+app.command("lm-eval")(lm_eval.lm_eval)
 app.command("efficiency")(efficiency.efficiency)
 app.command("analyze")(analyze.analyze)
 app.command("ablate")(ablate.ablate)

@@ -45,7 +45,7 @@ def ablate(
         typer.Option(help="all, or names; without it the paper's, for other sweeps wqa and dqa."),
     ] = None,
     protocol: Annotated[
-        str, typer.Option(help="quantized_prefill, exact_prefill or both.")
+        str, typer.Option(help="quantized_prefill, exact_prefill, both, or sparse_prefill.")
     ] = "quantized_prefill",
     limit: Limit = None,
     seed: Seed = 0,
@@ -70,7 +70,7 @@ def ablate(
 
     sweeps = choose_sweeps(sweep or ["paper"])
     request = EvalRequest(
-        methods=choices.choose_methods("fp16"),
+        methods=choices.choose_methods(choices.REFERENCE),
         models=choices.choose_models(models),
         tasks=choices.choose_tasks(tasks or _PAPER_TASKS),
         protocols=choices.choose_protocols(protocol),

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from kvbench.efficiency.scenario import Conditions, Scenario
 
 _RUNS = Path("results/runs")
-_GOALS = "goals.md"
 
 
 class Preset(StrEnum):
@@ -142,21 +141,9 @@ def _run(scenarios: list[Scenario], conditions: Conditions, preset: Preset | Non
             err=True,
         )
     if _has_rows(conditions.out):
-        show(conditions.out)
-        if preset is not None:
-            _show_goals(conditions.out)
+        show(conditions.out, goals=preset is not None)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def _show_goals(directory: Path) -> None:
-    from kvbench.efficiency.preset import goals_table
-    from kvbench.efficiency.rows import read_efficiency
-    from kvbench.evaluation.files import write_atomically
-
-    rows = read_efficiency(directory)
-    write_atomically(directory / _GOALS, goals_table(rows, "github") + "\n")
-    typer.echo(f"{directory / _GOALS}\n\n{goals_table(rows)}")
 
 
 def _has_rows(directory: Path) -> bool:

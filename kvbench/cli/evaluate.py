@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,14 +23,7 @@ from kvbench.cli.options import (
     Statistics,
     Workers,
 )
-from kvbench.cli.progress import Terminal
-from kvbench.cli.report import show
-from kvbench.cli.verbs import INTERRUPTED
-
-if TYPE_CHECKING:
-    from kvbench.evaluation.request import EvalRequest
-
-_RUNS = Path("results/runs")
+from kvbench.cli.resume import new_folder, run_resumable
 
 
 def evaluate(
@@ -39,7 +31,7 @@ def evaluate(
     models: Models = "smol_llava",
     tasks: Annotated[str, typer.Option(help="all (MileBench's twelve), or names.")] = "all",
     protocol: Annotated[
-        str, typer.Option(help="quantized_prefill, exact_prefill or both.")
+        str, typer.Option(help="quantized_prefill, exact_prefill, both, or sparse_prefill.")
     ] = "quantized_prefill",
     limit: Limit = None,
     seed: Seed = 0,
@@ -74,7 +66,7 @@ def evaluate(
         tasks=choices.choose_tasks(tasks),
         models=choices.choose_models(models),
         methods=choices.choose_methods(methods),
-        out=out or _RUNS / time.strftime("%Y%m%d-%H%M%S"),
+        out=out or new_folder(),
         data_root=data_root,
         limit=limit,
         seed=seed,
@@ -91,8 +83,12 @@ def evaluate(
     )
     if estimate:
         _estimate(request)
-    else:
-        _run(request)
+        return
+
+    from kvbench.evaluation.run import evaluate as run
+    from kvbench.evaluation.store import SAMPLES
+
+    run_resumable(request.out, SAMPLES, lambda progress: run(request, progress))
 
 
 def _estimate(request: EvalRequest) -> None:
@@ -106,28 +102,3 @@ def _estimate(request: EvalRequest) -> None:
         for name in request.tasks
     }
     typer.echo(estimate_text(estimates(request, cells, rows), request.workers or 1))
-
-
-def _run(request: EvalRequest) -> None:
-    from kvbench.evaluation.run import evaluate as run
-
-    try:
-        with Terminal() as progress:
-            run(request, progress)
-    except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted: the rows so far are in {request.out}; "
-            f"the same command with --out {request.out} goes on from there",
-            err=True,
-        )
-        if _has_rows(request.out):
-            show(request.out)
-        raise typer.Exit(INTERRUPTED) from None
-    show(request.out)
-
-
-def _has_rows(directory: Path) -> bool:
-    from kvbench.evaluation.store import SAMPLES
-
-    rows = directory / SAMPLES
-    return rows.is_file() and rows.stat().st_size > 0

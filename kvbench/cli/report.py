@@ -9,11 +9,15 @@ import typer
 
 from kvbench.errors import UserError
 
+_GOALS = "goals.md"
+
 
 def report(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="Folder that kvbench eval or kvbench efficiency wrote."),
+        typer.Argument(
+            metavar="DIR", help="Folder of rows of kvbench eval, efficiency, perplexity."
+        ),
     ],
     html: Annotated[
         Path | None,
@@ -34,8 +38,12 @@ def report(
         typer.echo(str(html))
 
 
-def show(directory: Path) -> None:
-    """Write the tables of `directory`, print the summary and where the tables are."""
+def show(directory: Path, goals: bool = False) -> None:
+    """Write the tables of `directory`, print the summary and where the tables are.
+
+    The efficiency preset's goals are held against the rows where `goals` says so, and where there
+    is a figure for each.
+    """
     from kvbench.report import print_summary, read_results, write_report
 
     paths = write_report(directory)
@@ -44,17 +52,44 @@ def show(directory: Path) -> None:
         rows, run = read_results(directory)
         print_summary(rows, run)
     if "table4.md" in written:
-        show_efficiency(directory)
+        paths += show_efficiency(directory, goals)
+    if "perplexity.md" in written:
+        show_perplexity(directory)
+    if "lm_eval.md" in written:
+        show_lm_eval(directory)
     for path in paths:
         typer.echo(str(path))
 
 
-def show_efficiency(directory: Path) -> None:
-    """Print the main figures of the efficiency rows in `directory`."""
+def show_efficiency(directory: Path, goals: bool) -> list[Path]:
+    """Print the main figures of the efficiency rows in `directory`; the goals' file, if any."""
+    from kvbench.efficiency.preset import goals_table, has_all
     from kvbench.efficiency.rows import read_efficiency
+    from kvbench.evaluation.files import write_atomically
     from kvbench.report import efficiency_text
 
-    typer.echo(efficiency_text(read_efficiency(directory)))
+    rows = read_efficiency(directory)
+    typer.echo(efficiency_text(rows))
+    if not goals and not has_all(rows):
+        return []
+    write_atomically(directory / _GOALS, goals_table(rows, "github") + "\n")
+    typer.echo(f"{goals_table(rows)}\n")
+    return [directory / _GOALS]
+
+
+def show_perplexity(directory: Path) -> None:
+    """Print the tables of the perplexity rows in `directory`."""
+    from kvbench.report import perplexity_text, read_tables
+
+    for table in read_tables(directory):
+        typer.echo(perplexity_text(table))
+
+
+def show_lm_eval(directory: Path) -> None:
+    """Print the table of lm-eval's tasks in `directory`."""
+    from kvbench.report import lm_eval_text
+
+    typer.echo(lm_eval_text(directory))
 
 
 def write_html(directory: Path, path: Path, data: Path | None) -> None:

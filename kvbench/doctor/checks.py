@@ -30,7 +30,7 @@ from kvbench.doctor.probe import Spoken, divergence, long_prompt, prompts, speak
 from kvbench.doctor.request import DoctorRequest
 from kvbench.errors import UserError
 from kvbench.evaluation.hardware import is_out_of_memory, load
-from kvbench.evaluation.rows import PROTOCOLS
+from kvbench.evaluation.rows import BOTH
 
 if TYPE_CHECKING:
     from kvbench.cache import BoundMethod
@@ -145,7 +145,7 @@ class _Patient:
 
     def destructive(self) -> tuple[Status, str, str]:
         """A cache that is written but never read would pass every other comparison."""
-        for protocol in PROTOCOLS:
+        for protocol in BOTH:
             cache = self.bound(OneBit(), protocol).new_cache()
             answer = speak(self.loaded.model, self._inputs[0], cache)
             if not cache.packed_tokens_read:
@@ -160,14 +160,14 @@ class _Patient:
         method = choice.quantizer
         if isinstance(method, ForeignCache):
             return Status.OK, "transformers' own cache: not checked", NOTHING
-        apart = max(self._exactly(method, protocol) for protocol in PROTOCOLS)
+        apart = max(self._exactly(method, protocol) for protocol in BOTH)
         if not apart <= self._tolerance:  # NaN, too
             text = f"{apart:.2g} nats from plain generate with every token exact"
             return Status.FAIL, text, f"more than {self._tolerance:g} is no rounding: {_REPORT}"
         told = [f"with every token exact {apart:.1g} nats from plain generate"]
-        for protocol in PROTOCOLS:
+        for protocol in BOTH:
             bound = self.bound(method, protocol)
-            quantizes = any(side.codecs for q in bound.quantizers for side in (q.key, q.value))
+            quantizes = not all(q.is_exact for q in bound.quantizers)
             fault, text = (self._lossy if quantizes else self._lossless)(bound)
             if fault:
                 return Status.FAIL, f"{fault} under {protocol}", _REPORT
@@ -203,7 +203,7 @@ class _Patient:
             yield Finding(section, Status.OK, choice.spec, "transformers' own cache")
             return
         with suppress(UserError):  # `method` tells why the model can't be stored
-            yield path(section, choice.spec, self.bound(choice.quantizer, PROTOCOLS[0]))
+            yield path(section, choice.spec, self.bound(choice.quantizer, BOTH[0]))
 
     def bound(self, method: KVQuantizer, protocol: str) -> BoundMethod:
         """A method made ready for the model.

@@ -26,7 +26,7 @@ from kvbench.errors import UserError
 
 DYNAMIC = "hf_dynamic"
 """Plain `generate`: transformers' DynamicCache, grown by concatenation."""
-CONTEXT = 560 << 20
+CONTEXT = 690 << 20
 """Bytes of a CUDA context with the modules that torch and Triton load, as on Hopper cards."""
 LIBRARIES = 40 << 20
 """Bytes of workspaces that torch's allocator holds for cuBLAS and attention."""
@@ -189,8 +189,8 @@ def _packed(shape: ModelShape, bound: BoundMethod) -> Callable[[Workload], RowCo
         # Without a kernel that reads codes, a step decodes a layer's keys and values as a whole.
         decoded = 0.0 if _is_static(bound) else 6 * _side_nbytes(shape, workload.cached_tokens)
         mean = min(workload.input_tokens + workload.output_tokens // 2, workload.cached_tokens)
-        # A prompt's own cache moves into the static one layer by layer.
-        passing = prompt.row_nbytes / (len(prompt.layers) if _is_static(bound) else 1)
+        # Prompts go straight into a static cache.
+        passing = 0 if _is_static(bound) else prompt.row_nbytes
         return RowCost(layout.row_nbytes, passing, decoded, layout.read_nbytes(mean))
 
     return row
@@ -219,17 +219,24 @@ def _quanto(shape: ModelShape, method: Any) -> Callable[[Workload], RowCost]:
     share = (method.bits + 2 * 8 * shape.itemsize / method.group_size) / (8 * shape.itemsize)
     layers = 2 * shape.decoder.layers
 
+    def stored(packed: int, exact: int) -> float:
+        return layers * (share * _side_nbytes(shape, packed) + _side_nbytes(shape, exact))
+
     def row(workload: Workload) -> RowCost:
         total, prompt = workload.cached_tokens, workload.input_tokens
-        exact = min(total - prompt, method.residual)
-        # A step decodes and joins both sides; when the exact block is full, it packs them as well.
-        passing = (8 if exact == method.residual else 4) * _side_nbytes(shape, total)
-        stored = share * _side_nbytes(shape, total - exact) + _side_nbytes(shape, exact)
+        exact = (total - prompt) % method.residual
+        # A step decodes and joins both sides.
+        passing = 4 * _side_nbytes(shape, total)
+        if full := total - exact - prompt:
+            # When the exact block is full, it packs everything again as well.
+            before = stored(prompt + full - method.residual, method.residual)
+            packing = before + 8 * _side_nbytes(shape, prompt + full)
+            passing = max(passing, packing - stored(total - exact, exact))
         mean = prompt + workload.output_tokens / 2
         # Decoding writes, joining reads and writes, attention reads.
         moved = (share + 4) * _side_nbytes(shape, mean)
-        prompts = share * _side_nbytes(shape, prompt)
-        return RowCost(layers * stored, layers * prompts, passing, layers * moved)
+        kept = stored(total - exact, exact)
+        return RowCost(kept, stored(prompt, 0), passing, layers * moved)
 
     return row
 

@@ -115,14 +115,26 @@ class _FusedLayer:
         normed, residual = _norm(self._norms[0], hidden, residual)
         qkv = linear(normed, *self._qkv)
         del normed, hidden
-        spec, rows = prompts.spec(index), prompts.count
+        stream = residual.view(prompts.count, -1, residual.shape[-1])
+        return self._rest(self._attend_prompts(qkv, cos, sin, stream, index, prompts), residual)
+
+    def _attend_prompts(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        stream: Tensor,
+        index: int,
+        prompts: StaticPrompts,
+    ) -> Tensor:
+        """(T, Hq · D). A function of its own, so that states are gone before the MLP runs."""
+        spec = prompts.spec(index)
         query, keys, values = (
-            x.unflatten(0, (rows, -1)).transpose(1, 2)
+            x.unflatten(0, (prompts.count, -1)).transpose(1, 2)
             for x in rope(qkv, cos, sin, spec.num_heads, spec.num_kv_heads, False)
         )
-        stream = residual.view(rows, -1, residual.shape[-1])
         out = prompts.attend(index, self._attention, query, keys, values, stream)
-        return self._rest(out.transpose(1, 2).reshape(len(qkv), -1), residual)
+        return out.transpose(1, 2).reshape(len(qkv), -1)
 
     def _rest(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Output projection and MLP."""

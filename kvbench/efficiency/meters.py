@@ -12,7 +12,8 @@ from typing import Any
 
 _INTERVAL = 0.01  # seconds; a prefill's allocations live longer
 _PATIENCE = 10.0  # seconds for the driver to answer
-_LATER = 256 << 20  # bytes of kernels that are loaded only in the course of a run
+RESERVE = 256 << 20
+"""Bytes of a memory limit for kernels that are loaded only in the course of a run."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _hold(device: str, limit: int, driver: DriverMeter) -> None:
     import torch
 
     _load_libraries(device)
-    overhead = (driver.now() or 0) - torch.cuda.memory_reserved(device) + _LATER
+    overhead = (driver.now() or 0) - torch.cuda.memory_reserved(device) + RESERVE
     total = torch.cuda.get_device_properties(device).total_memory
     if limit <= overhead:
         raise MemoryError(f"the CUDA context alone takes {overhead} of {limit} bytes.")

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kvbench.efficiency.isolate import run_isolated
+from kvbench.efficiency.meters import RESERVE
 from kvbench.efficiency.plan import PlanLine, model_capacity, modelled_row, plan_line, plan_table
 from kvbench.efficiency.profiles import PROFILES
 from kvbench.efficiency.request import TrialRequest, TrialResult
@@ -178,7 +179,9 @@ class Bench:
         return batch, result
 
     def _hint(self, scenario: Scenario, asked: Setting) -> int | None:
-        limit = asked.memory_limit or self._conditions.target.profile.memory
+        limit = self._conditions.target.profile.memory
+        if asked.memory_limit is not None:
+            limit = asked.memory_limit - RESERVE
         try:
             model = model_capacity(find_model(scenario.model), asked.method, asked.dtype)
         except UserError:

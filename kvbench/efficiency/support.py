@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvbench.cache.codecs import Affine
-from kvbench.cache.contract import EXACT, LayerQuantizer, LayerSpec, Transform
+from kvbench.cache.contract import EXACT, DeferringPlan, LayerQuantizer, LayerSpec, Transform
 from kvbench.cache.fused import is_even
 from kvbench.cache.quantized import BoundMethod
 from kvbench.cache.windows import Residual, Sliding
@@ -30,11 +30,19 @@ def _unsupported_layer(
 ) -> str | None:
     if spec.sliding_window is not None and spec.sliding_window < workload.cached_tokens:
         return "the model's attention window is shorter than the sequence"
+    if quantizer.heads_apart or quantizer.evicts:
+        return "its heads or rows hold tokens of their own"
+    if quantizer.logit_maps:
+        return "the logits of some tokens are changed before softmax"
+    if isinstance(quantizer.plan, DeferringPlan):
+        return "its plan decides when tokens leave the window"
     for side in (quantizer.key, quantizer.value):
         if side.pre_rope:
             return "keys are stored before rotary embedding"
         if side.transform.stored_shape(spec) != (spec.num_kv_heads, spec.head_dim):
             return "heads are stored together"
+        if side.recent is not None or type(side.transform).fit is not Transform.fit:
+            return "its window or its change of basis depends on the prompt"
         for bits, codec in side.codecs.items():
             if bits != EXACT and not is_even(codec):
                 return "its codec is not one of even groups with float16 metadata"

@@ -9,8 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.cache.contract import EXACT, LayerQuantizer, LayerSpec, Plan, Side, Tokens, Window
-from kvbench.cache.windows import Residual, Sliding
+from kvbench.cache.contract import (
+    DEFERRED,
+    EVICTED,
+    EXACT,
+    LayerQuantizer,
+    LayerSpec,
+    Plan,
+    Side,
+    Tokens,
+    Window,
+)
+from kvbench.cache.windows import HeavyHitters, Residual, Sliding
 from kvbench.errors import UserError
 
 ROW_ALIGNMENT = 16
@@ -139,6 +149,8 @@ def ring_tokens(window: Window | None, total: int) -> int:
         return min(most, total)
     if isinstance(window, Residual):
         return min(window.size, total)
+    if isinstance(window, HeavyHitters):
+        return min(window.keep(total, total) + 1, total)
     raise UserError(f"no bound is known for the tokens in a {type(window).__name__} window.")
 
 
@@ -153,6 +165,8 @@ def _layer_layout(
 ) -> LayerLayout:
     most = _prompt_tokens(quantizer.plan, workload)
     generated = generated_bits(quantizer.plan)
+    if generated == DEFERRED:  # any tier: room for the widest
+        generated = max(quantizer.key.codecs, default=EXACT)
     key, value = (
         _side_layout(side, spec, workload, most, generated, itemsize)
         for side in (quantizer.key, quantizer.value)
@@ -182,7 +196,7 @@ def _side_layout(
     itemsize: int,
 ) -> SideLayout:
     heads, channels = side.transform.stored_shape(spec)
-    total, answers = workload.cached_tokens, workload.output_tokens - 1
+    total, answers = workload.cached_tokens - prompt[EVICTED], workload.output_tokens - 1
     # Tokens that are exact anyway wait for nothing: the ring is all of their storage.
     ring = total if generated == EXACT else ring_tokens(side.window, total)
     packed = {}
@@ -192,7 +206,7 @@ def _side_layout(
         room = prompt[bits] + (answers if bits == generated else 0)
         if answers >= ring:  # the ring ends up with generated tokens alone
             room -= ring if bits == generated else 0
-        room = _multiple(min(room, total - ring), max(codec.block, ROW_ALIGNMENT))
+        room = _multiple(min(room, total - ring), max(codec.block or 1, ROW_ALIGNMENT))
         packed[bits] = room
     exact = 0 if generated == EXACT else min(prompt[EXACT], total)
     sizes = {

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbench.errors import UserError
 from kvbench.evaluation.samples import ask, encoded, read_cell
 from kvbench.registry import TASKS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvbench.cache import Calibration
     from kvbench.evaluation.progress import Progress
     from kvbench.evaluation.request import CalibrationRequest
+    from kvbench.evaluation.text import Text
     from kvbench.models.load import LoadedModel
     from kvbench.models.zoo import ModelEntry
 
@@ -39,9 +43,49 @@ def calibrate(request: CalibrationRequest, progress: Progress) -> Iterator[Path]
         yield path
 
 
+def kept_statistics(path: Path, loaded: LoadedModel) -> Calibration:
+    """Read a file of statistics that were made for this model.
+
+    Raises:
+        UserError: they belong to another revision of the model, or can't be read.
+    """
+    from kvbench.cache import load_calibration
+
+    return checked_statistics(load_calibration(path), path, loaded)
+
+
+def checked_statistics(statistics: Calibration, path: Path, loaded: LoadedModel) -> Calibration:
+    """The same, if they were made for this model.
+
+    Raises:
+        UserError: they belong to another revision of the model.
+    """
+    made_for = statistics.manifest.get("revision")
+    if made_for != loaded.revision:
+        raise UserError(
+            f"the calibration {path} was made for revision {made_for} of {loaded.entry.name}, not "
+            f"{loaded.revision}; calibrate again or use another folder."
+        )
+    return statistics
+
+
 def calibration_file(folder: Path, entry: ModelEntry) -> Path:
     """Where a model's statistics lie in a calibration folder."""
     return folder / f"{entry.name}.safetensors"
+
+
+def statistics_of_text(loaded: LoadedModel, text: Text, windows: Tensor) -> Calibration:
+    """Run a model over windows (M, T) from the end of a text, which are never scored."""
+    from kvbench.cache import calibrate_statistics
+
+    manifest = {
+        "model": loaded.entry.name,
+        "revision": loaded.revision,
+        "data": f"last {len(windows)} windows of {windows.shape[1]} tokens of {text.name}",
+        "sha256": text.sha256,
+    }
+    prompts = ({"input_ids": ids[None].to(loaded.model.device)} for ids in windows)
+    return calibrate_statistics(loaded.model, prompts, manifest)
 
 
 def statistics_of(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvbench.errors import UserError
-from kvbench.evaluation.rows import PROTOCOLS
+from kvbench.evaluation.rows import BOTH, PROTOCOLS
 from kvbench.models.find import find_model
 from kvbench.registry import (
     METHODS,
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from kvbench.models.zoo import ModelEntry
 
 _SUITE = "milebench"
+REFERENCE = "fp16"
+"""The method that all others are held against."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,24 @@ def choose_methods(text: str) -> tuple[MethodChoice, ...]:
 
 
 def choose_models(text: str) -> tuple[ModelEntry, ...]:
-    """Read ``"all"`` or ``"smol_llava,llava15_7b=/folder"``: a folder replaces the model's hub id.
+    """Read ``"all"`` (that see images) or ``"smol_llava,llava15_7b=/folder"``.
+
+    A folder replaces the model's hub id.
 
     Raises:
         UserError: A model is unknown, its folder is missing, or it is given in two ways.
     """
     chosen: dict[str, ModelEntry] = {}
     for item in split_specs(text):
-        for each in MODELS.names() if item == "all" else [item]:
+        for each in _with_vision() if item == "all" else [item]:
             entry = find_model(each)
             if chosen.setdefault(entry.name, entry) != entry:
                 raise UserError(f"model {entry.name!r} is given in two ways: keep one")
     return tuple(chosen.values())
+
+
+def _with_vision() -> list[str]:
+    return [name for name in MODELS.names() if MODELS.get(name).family != "text"]
 
 
 def choose_tasks(text: str) -> tuple[str, ...]:
@@ -91,13 +99,13 @@ def _suite() -> list[str]:
 
 
 def choose_protocols(text: str) -> tuple[str, ...]:
-    """Read ``"both"`` or protocols by name.
+    """Read ``"both"`` (those that every method follows) or protocols by name.
 
     Raises:
         UserError: A protocol is unknown.
     """
     if text == "both":
-        return PROTOCOLS
+        return BOTH
     names = split_specs(text)
     for name in names:
         if name not in PROTOCOLS:

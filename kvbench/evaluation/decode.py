@@ -90,10 +90,12 @@ def answer(
     Without references the log-probabilities are kept, to be a reference for others. `peer` is whose
     cache it is, if it isn't ours.
     """
-    started = _now(model)
+    started = now(model)
     logits = prefill(model, inputs, cache, split=peer is not None and peer.splits_prompt)
-    prefilled = _now(model)
-    foreign = None if peer is None else _peer_usage(model, inputs, peer.nbytes(cache))
+    prefilled = now(model)
+    foreign = (
+        None if peer is None else peer_usage(model, peer.nbytes(cache), *inputs.input_ids.shape)
+    )
     usages = cache.rows() if isinstance(cache, QuantizedCache) else None
     run = _Run(model, inputs, cache, generation, references)
     run.decode(logits)
@@ -102,7 +104,7 @@ def answer(
         usage = foreign if usages is None else usages[index]
         if usage is not None:
             row.usage = Usage(usage.nbytes, usage.bits_per_element, run.reads.get(index))
-    finished = _now(model)
+    finished = now(model)
     return Answers(run.answers, {"prefill": prefilled - started, "decode": finished - prefilled})
 
 
@@ -221,6 +223,12 @@ def prefill(model: Any, inputs: ModelInputs, cache: Cache, *, split: bool = Fals
     if split and inputs.input_ids.shape[1] > 1:
         prefill(model, without_last(inputs), cache)
         return decode_step(model, inputs.input_ids[:, -1:], inputs.attention_mask, cache)
+    return prompt_logits(model, inputs, cache, 1)[:, -1]
+
+
+@torch.no_grad()
+def prompt_logits(model: Any, inputs: ModelInputs, cache: Cache, last: int) -> Tensor:
+    """Logits (B, last, V) at the prompts' last positions; 0 is all of them."""
     extra = {}
     # Counted from each row's first token, so that padding doesn't move a row's keys.
     positions = (inputs.attention_mask.cumsum(1) - 1).clamp_min(0)
@@ -230,8 +238,9 @@ def prefill(model: Any, inputs: ModelInputs, cache: Cache, *, split: bool = Fals
         # The model itself would go on from the last prompt that had images.
         extra["position_ids"] = positions.expand(3, -1, -1)
         model.model.rope_deltas = torch.zeros_like(positions[:, :1])
-    out = model(**inputs.kwargs(), **extra, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits: Tensor = out.logits[:, -1]
+    arguments: dict[str, Any] = {**inputs.kwargs(), **extra, "past_key_values": cache}
+    out = model(**arguments, use_cache=True, logits_to_keep=last)
+    logits: Tensor = out.logits
     return logits
 
 
@@ -263,9 +272,8 @@ def decode_step(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     return logits
 
 
-def _peer_usage(model: Any, inputs: ModelInputs, nbytes: int) -> Usage:
+def peer_usage(model: Any, nbytes: int, rows: int, width: int) -> Usage:
     """A row's share of a peer's cache; the peer stores padding too, so padding counts."""
-    rows, width = inputs.input_ids.shape
     numbers = sum(2 * spec.num_kv_heads * spec.head_dim for spec in layer_specs(model.config))
     return Usage(nbytes // rows, 8 * nbytes / (rows * width * numbers), None)
 
@@ -298,8 +306,8 @@ def _stop_ids(model: Any) -> list[int]:
     return list(stops) if isinstance(stops, (list, tuple)) else [int(stops)]
 
 
-def _now(model: Any) -> float:
-    """The clock, once every device that the model is on has done its work."""
+def now(model: Any) -> float:
+    """Seconds on a clock, once every device that the model is on is done with all it was given."""
     places = getattr(model, "hf_device_map", {"": model.device}).values()
     for device in {torch.device(place) for place in places}:
         if device.type == "cuda":

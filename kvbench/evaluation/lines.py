@@ -118,9 +118,14 @@ class Lines(Generic[R]):
         self.directory = Path(directory)
         self._kind = kind
         self._path = self.directory / kind.name
-        self._rows: dict[str, R] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        """Where the row of a key begins and ends; rows themselves would fill the memory."""
+        self._open: set[str] = set()
+        """Keys whose row isn't final."""
         self._retry: set[str] = set()
+        """Those of them that an earlier run left."""
         self._file = -1
+        self._size = 0
         self._synced = 0.0
         self._lock_path = self._path.with_suffix(".lock")
         self._lock = FileLock(self._lock_path, timeout=0, thread_local=False)
@@ -178,15 +183,24 @@ class Lines(Generic[R]):
 
     def has(self, key: str) -> bool:
         """Say whether a row is there that needs no other try, or that this very run wrote."""
-        return key in self._rows and key not in self._retry
+        return key in self._places and key not in self._retry
 
     def get(self, key: str) -> R | None:
         """Return the row of a key for which `has` holds, None for others."""
-        return self._rows[key] if self.has(key) else None
+        if not self.has(key):
+            return None
+        start, end = self._places[key]
+        with self._path.open("rb") as file:
+            file.seek(start)
+            return self._kind.parse(file.read(end - start).decode("utf-8"))
 
     def rows(self) -> list[R]:
         """Return one row a key: the first final one, else the latest try."""
-        return list(self._rows.values())
+        if not self._places:
+            return []
+        content = self._path.read_bytes()
+        lines = (content[start:end] for start, end in self._places.values())
+        return [self._kind.parse(line.decode("utf-8")) for line in lines]
 
     def append(self, row: R) -> bool:
         """Write a row; returns once it is safe from the death of this process.
@@ -199,12 +213,21 @@ class Lines(Generic[R]):
         """
         if self._file < 0:
             raise RuntimeError("the store is not open: use it in a with statement")
-        if self._kind.is_final(self._rows.get(row.key)):
+        if row.key in self._places and row.key not in self._open:
             return False
-        self._write(row.to_json().encode("utf-8") + b"\n")
-        self._rows[row.key] = row
+        line = row.to_json().encode("utf-8") + b"\n"
+        self._write(line)
+        self._place(row, len(line))
         self._retry.discard(row.key)
         return True
+
+    def _place(self, row: R, length: int) -> None:
+        """Remember the next row of the file; it is the one of its key unless there is a final."""
+        start, self._size = self._size, self._size + length
+        if row.key in self._places and row.key not in self._open:
+            return
+        self._places[row.key] = start, self._size
+        (self._open.discard if self._kind.is_final(row) else self._open.add)(row.key)
 
     def _acquire(self) -> None:
         try:
@@ -222,12 +245,16 @@ class Lines(Generic[R]):
         if size < len(content):
             warnings.warn(f"{self._path}: dropped a torn last line; it is made again", stacklevel=3)
             os.ftruncate(self._file, size)
-        self._rows = self._kind.distinct(rows)
-        self._retry = {key for key, row in self._rows.items() if not self._kind.is_final(row)}
+        self._size = 0
+        self._places, self._open = {}, set()
+        for row, line in zip(rows, content[:size].split(b"\n"), strict=False):
+            self._place(row, len(line) + 1)
+        self._retry = set(self._open)
 
     def _write(self, line: bytes) -> None:
-        size = os.fstat(self._file).st_size
         try:
+            if os.fstat(self._file).st_size > self._size:  # a torn row that couldn't be taken back
+                os.ftruncate(self._file, self._size)
             written = os.write(self._file, line)
             if written < len(line):
                 raise OSError(f"only {written} of {len(line)} bytes fitted")
@@ -237,10 +264,10 @@ class Lines(Generic[R]):
                 os.fsync(self._file)
                 self._synced = time.monotonic()
         except OSError as error:
-            with suppress(OSError):  # a torn line that stays is cut off at the next start
-                os.ftruncate(self._file, size)
+            with suppress(OSError):  # a torn row that stays is cut off before the next one
+                os.ftruncate(self._file, self._size)
             raise UserError(
-                f"can't write to {self._path} ({error.strerror or error}): the {len(self._rows)} "
+                f"can't write to {self._path} ({error.strerror or error}): the {len(self._places)} "
                 f"{self._kind.what} before are safe; free space and start again to continue"
             ) from error
 

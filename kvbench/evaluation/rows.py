@@ -14,8 +14,13 @@ from kvbench.evaluation.typed import check_types, fields_of, to_line
 
 SCHEMA = 1
 STORAGES = ("packed", "simulated", "foreign")
-PROTOCOLS = ("quantized_prefill", "exact_prefill")
+BOTH = ("quantized_prefill", "exact_prefill")
+"""The protocols that every method can follow."""
+PROTOCOLS = (*BOTH, "sparse_prefill")
 STATUSES = ("ok", "oom", "error")
+
+LM_EVAL = "lm_eval.json"
+"""What ``kvbench lm-eval`` writes: lm-eval's results of each method, and its samples."""
 
 _VERDICT = ("answer", "extracted", "correct", "strict", "empty", "unparsable")
 

@@ -75,9 +75,7 @@ class PreparedMethod:
     @property
     def is_reference(self) -> bool:
         """Whether nothing is quantized: what every other method is held against."""
-        return self.bound is not None and not any(
-            side.codecs for q in self.bound.quantizers for side in (q.key, q.value)
-        )
+        return self.bound is not None and all(q.is_exact for q in self.bound.quantizers)
 
     @property
     def storage(self) -> str:

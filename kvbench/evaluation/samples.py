@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,7 +75,18 @@ def ask(loaded: LoadedModel, task: Task, sample: Sample) -> Question:
         raise UserError(f"{task.folder}, {error}") from error
     text = task.user_turn(prompt)
     full = hashlib.sha256(loaded.style.render(text).encode()).hexdigest()
-    return Question(task, sample, prompt, text, full, images_hash(prompt.images))
+    with _named(task, sample):
+        pictures = images_hash(prompt.images)
+    return Question(task, sample, prompt, text, full, pictures)
+
+
+@contextmanager
+def _named(task: Task, sample: Sample) -> Iterator[None]:
+    """Says whose images can't be used."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"sample {sample.sample_id} of {task.folder}: {error}") from error
 
 
 def encoded(loaded: LoadedModel, questions: Sequence[Question]) -> ModelInputs:
@@ -83,19 +95,19 @@ def encoded(loaded: LoadedModel, questions: Sequence[Question]) -> ModelInputs:
     Raises:
         UserError: an image is broken, or a prompt is longer than the model.
     """
-    from kvbench.models.inputs import batch, encode
+    from kvbench.models.inputs import batch
+
+    return batch([_encoded(loaded, question) for question in questions], loaded.pad_id)
+
+
+def _encoded(loaded: LoadedModel, question: Question) -> ModelInputs:
+    from kvbench.models.inputs import encode
     from kvbench.tasks.images import open_image
 
-    inputs = [
-        encode(
-            loaded,
-            question.text,
-            [open_image(path) for path in question.prompt.images],
-            where=f"sample {question.sample.sample_id} of {question.task.folder}",
-        )
-        for question in questions
-    ]
-    return batch(inputs, loaded.pad_id)
+    with _named(question.task, question.sample):
+        images = [open_image(path) for path in question.prompt.images]
+    where = f"sample {question.sample.sample_id} of {question.task.folder}"
+    return encode(loaded, question.text, images, where=where)
 
 
 def images_hash(paths: Sequence[Path]) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvbench.errors import UserError
-from kvbench.evaluation.calibration import calibration_file, statistics_of
+from kvbench.evaluation.calibration import (
+    calibration_file,
+    checked_statistics,
+    kept_statistics,
+    statistics_of,
+)
 from kvbench.evaluation.hardware import load
 from kvbench.evaluation.progress import Progress
 from kvbench.evaluation.request import EvalRequest
@@ -133,7 +139,8 @@ class Session:
         """
         self.close()
         request = self.request
-        return _gather(load(request.models[model], request.device, request.dtype), request)
+        loaded = load(request.models[model], request.device, request.dtype)
+        return statistics_of(loaded, request.calibration_samples, request.seed)
 
     def _announce(self, label: str) -> None:
         """Name the cell of the grid when it begins."""
@@ -153,25 +160,37 @@ class Session:
         loaded = load(self.request.models[index], self.request.device, self.request.dtype)
         given = self._statistics.get(loaded.entry.name)
         statistics = calibration(loaded, self.request, self._progress, given)
-        # The 16-bit cache answers first: the others are measured against its answer.
-        methods = sorted(
-            self._methods(loaded, statistics), key=lambda method: not method.is_reference
+        request = self.request
+        methods = prepared_methods(
+            loaded, request.methods, request.protocols, statistics, self._progress
         )
         vision = self._contexts.enter_context(shared_vision(loaded.model))
         return _Ready(index, loaded, methods, vision)
 
-    def _methods(
-        self, loaded: LoadedModel, statistics: Calibration | None
-    ) -> Iterator[PreparedMethod]:
-        """Methods ready for the model; peers that can't run here are told of and left out."""
-        for protocol in self.request.protocols:
-            for choice in self.request.methods:
-                try:
-                    yield PreparedMethod.of(loaded, choice, protocol, statistics)
-                except UserError as error:
-                    if not _is_peer(choice):
-                        raise
-                    self._progress.note(f"{choice.spec} is left out under {protocol}: {error}")
+
+def prepared_methods(
+    loaded: LoadedModel,
+    choices: Iterable[MethodChoice],
+    protocols: Iterable[str],
+    statistics: Calibration | None,
+    progress: Progress,
+) -> list[PreparedMethod]:
+    """Methods ready for a model; peers that can't run here are told of and left out.
+
+    The 16-bit cache comes first: the others are measured against its answer.
+
+    Raises:
+        UserError: a method can't store this model's layers.
+    """
+    ready = []
+    for protocol, choice in itertools.product(protocols, choices):
+        try:
+            ready.append(PreparedMethod.of(loaded, choice, protocol, statistics))
+        except UserError as error:
+            if not _is_peer(choice):
+                raise
+            progress.note(f"{choice.spec} is left out under {protocol}: {error}")
+    return sorted(ready, key=lambda method: not method.is_reference)
 
 
 def calibration(
@@ -187,23 +206,18 @@ def calibration(
     Raises:
         UserError: they belong to another revision of the model, or can't be read.
     """
-    if not calibrated_methods(request):
+    if not calibrated_methods(request.methods):
         return None
-    from kvbench.cache import load_calibration, save_calibration
+    from kvbench.cache import save_calibration
 
     path = calibration_path(request, loaded.entry)
     if given is None and request.calibration is None and not path.exists():
         progress.note(calibration_note(request, loaded.entry))
         # Kept beside the rows: a run that goes on must store the same codes.
-        save_calibration(_gather(loaded, request), path)
-    statistics = given or load_calibration(path)
-    made_for = statistics.manifest.get("revision")
-    if made_for != loaded.revision:
-        raise UserError(
-            f"the calibration {path} was made for revision {made_for} of {loaded.entry.name}, not "
-            f"{loaded.revision}; calibrate again or use another folder."
-        )
-    return statistics
+        save_calibration(statistics_of(loaded, request.calibration_samples, request.seed), path)
+    if given is not None:
+        return checked_statistics(given, path, loaded)
+    return kept_statistics(path, loaded)
 
 
 def calibration_path(request: EvalRequest, entry: ModelEntry) -> Path:
@@ -214,21 +228,17 @@ def calibration_path(request: EvalRequest, entry: ModelEntry) -> Path:
 def calibration_note(request: EvalRequest, entry: ModelEntry) -> str:
     """What is said before statistics are gathered."""
     return (
-        f"calibrating {entry.name} for {', '.join(calibrated_methods(request))} on "
+        f"calibrating {entry.name} for {', '.join(calibrated_methods(request.methods))} on "
         f"{request.calibration_samples} samples of minimile's calibration split, "
         "which no task scores"
     )
 
 
-def _gather(loaded: LoadedModel, request: EvalRequest) -> Calibration:
-    return statistics_of(loaded, request.calibration_samples, request.seed)
-
-
-def calibrated_methods(request: EvalRequest) -> list[str]:
+def calibrated_methods(choices: Iterable[MethodChoice]) -> list[str]:
     """The methods that need statistics."""
     from kvbench.cache import ForeignCache
 
-    methods = ((choice.spec, choice.quantizer) for choice in request.methods)
+    methods = ((choice.spec, choice.quantizer) for choice in choices)
     return [
         spec
         for spec, method in methods

@@ -7,7 +7,7 @@ would miss real differences and see others that aren't there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -220,6 +220,37 @@ def tail(positions: ArrayLike) -> Mapping[float, float | None]:
         raise ValueError("need at least one position")
     enough = values.size >= TAIL_POSITIONS
     return {q: float(np.quantile(values, q)) if q < 0.999 or enough else None for q in _QUANTILES}
+
+
+def bootstrap_items(
+    items: Sequence[ArrayLike],
+    statistic: Callable[[NDArray[np.float64]], float],
+    *,
+    resamples: int = 1_000,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Interval | None:
+    """Return the percentile bootstrap interval of a statistic of all positions of all items.
+
+    Whole items are redrawn with replacement: positions of one item depend on each other.
+
+    Args:
+        items: For each item an array whose first axis is its positions.
+        statistic: From the positions of some items, joined, to a number.
+        resamples: Bootstrap resamples.
+        confidence: Of the interval.
+        seed: Of the resampling.
+
+    Returns:
+        The interval; None for a single item, which says nothing of others.
+    """
+    if len(items) < 2:
+        return None
+    arrays = [np.asarray(item, dtype=np.float64) for item in items]
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(arrays), (resamples, len(arrays)))
+    values = [statistic(np.concatenate([arrays[index] for index in row])) for row in drawn]
+    return _percentiles(np.array(values), confidence)
 
 
 def detectable_difference(

@@ -95,7 +95,7 @@ def _statistics(executor: Executor, request: EvalRequest, progress: Progress) ->
     """Each model's statistics, gathered by workers where the folder lacks them."""
     from kvbench.cache import load_calibration
 
-    if not calibrated_methods(request):
+    if not calibrated_methods(request.methods):
         return {}
     paths = [calibration_path(request, entry) for entry in request.models]
     missing = [

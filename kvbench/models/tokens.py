@@ -23,7 +23,7 @@ class TextTokens:
         """Return the ids of `text`, without special tokens."""
         if self._swallows_blank and text.startswith(" "):
             text = "▁" + text  # the blank as the vocabulary writes it, which then counts as given
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens and blanks included."""

@@ -89,6 +89,17 @@ MODELS: dict[str, ModelEntry] = {
             dtype="bfloat16",
         ),
         ModelEntry(
+            "smollm2",
+            "SmolLM2-135M",
+            "text",
+            loader="kvbench.models.smol_llava:load_language",
+            prompt_style="chatml",
+            tsa_layers=(0, 1),
+            max_context_len=8192,
+            image_aspect="processor",
+            dtype="bfloat16",
+        ),
+        ModelEntry(
             "llava15_7b",
             "LLaVA-v1.5-7B",
             "llava",

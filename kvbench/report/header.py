@@ -10,6 +10,8 @@ PROTOCOLS = {
     "quantized_prefill": "every prompt token attends to the cache as stored",
     "exact_prefill": "exact attention within the prompt; the cache is quantized before the last "
     "prompt token, so all answer tokens read it as stored",
+    "sparse_prefill": "only the tokens that a method finds important attend within the prompt, "
+    "exactly and to each other; answer tokens read the cache as stored",
 }
 
 

@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import UserError
 from kvbench.evaluation.files import write_atomically
-from kvbench.evaluation.rows import SampleRow
+from kvbench.evaluation.rows import LM_EVAL, SampleRow
 from kvbench.evaluation.store import RUN, SAMPLES, read_rows
 from kvbench.report.board import build
 from kvbench.report.comparison import comparable, paper_csv, paper_markdown
 from kvbench.report.details import details_csv, details_markdown
 from kvbench.report.efficiency_tables import table4_csv, table4_markdown
+from kvbench.report.lm_eval import write_lm_eval
 from kvbench.report.table2 import table2_csv, table2_markdown
 
 if TYPE_CHECKING:
     from kvbench.efficiency.rows import EfficiencyRow
+    from kvbench.report.perplexity import PerplexityTable
 
 EFFICIENCY = "efficiency.jsonl"
 """What ``kvbench efficiency`` writes; its reader is imported where there is such a file."""
+PERPLEXITY = "perplexity.jsonl"
+"""What ``kvbench perplexity`` writes."""
 
 
 def read_results(directory: Path) -> tuple[list[SampleRow], dict[str, Any]]:
@@ -42,7 +46,8 @@ def write_report(directory: Path) -> list[Path]:
     """Write the tables of an output folder into it, from its rows and ``run.json`` alone.
 
     From ``samples.jsonl`` come ``table2.md|csv``, ``details.md|csv`` and, for models and data of
-    the paper, ``paper.md|csv``; from ``efficiency.jsonl`` what `write_efficiency` writes. The rows
+    the paper, ``paper.md|csv``; from ``efficiency.jsonl`` what `write_efficiency` writes; from
+    ``perplexity.jsonl`` ``perplexity.md|csv``; from ``lm_eval.json`` ``lm_eval.md|csv``. The rows
     may be those of an unfinished run.
 
     Returns:
@@ -51,10 +56,17 @@ def write_report(directory: Path) -> list[Path]:
     Raises:
         UserError: The folder has no rows or can't be written to, or one of the files is broken.
     """
-    if not (directory / EFFICIENCY).exists():
-        return _write_accuracy(directory)
-    accuracy = _write_accuracy(directory) if (directory / SAMPLES).exists() else []
-    return accuracy + write_efficiency(directory, _efficiency_rows(directory))
+    written: list[Path] = []
+    others = [name for name in (EFFICIENCY, PERPLEXITY, LM_EVAL) if (directory / name).exists()]
+    if (directory / SAMPLES).exists() or not others:
+        written += _write_accuracy(directory)
+    if EFFICIENCY in others:
+        written += write_efficiency(directory, _efficiency_rows(directory))
+    if PERPLEXITY in others:
+        written += _write_perplexity(directory)
+    if LM_EVAL in others:
+        written += write_lm_eval(directory)
+    return written
 
 
 def write_efficiency(directory: Path, rows: Sequence[EfficiencyRow]) -> list[Path]:
@@ -83,6 +95,36 @@ def _efficiency_rows(directory: Path) -> list[EfficiencyRow]:
             f"{directory / EFFICIENCY} has no results yet: run kvbench efficiency --out {directory}"
         )
     return rows
+
+
+def _write_perplexity(directory: Path) -> list[Path]:
+    from kvbench.report.perplexity import perplexity_csv, perplexity_markdown
+
+    tables = read_tables(directory)
+    texts = {
+        "perplexity.md": perplexity_markdown(tables, _read_run(directory / RUN)),
+        "perplexity.csv": perplexity_csv(tables),
+    }
+    for name, text in texts.items():
+        write_atomically(directory / name, text)
+    return [directory / name for name in texts]
+
+
+def read_tables(directory: Path) -> list[PerplexityTable]:
+    """The tables of a folder that ``kvbench perplexity`` wrote.
+
+    Raises:
+        UserError: The folder has no rows, or a line is broken.
+    """
+    from kvbench.perplexity.rows import read_perplexity
+    from kvbench.report.perplexity import build_tables
+
+    rows = read_perplexity(directory)
+    if not rows:
+        raise UserError(
+            f"{directory / PERPLEXITY} has no results yet: run kvbench perplexity --out {directory}"
+        )
+    return build_tables(rows)
 
 
 def _write_accuracy(directory: Path) -> list[Path]:

@@ -6,12 +6,16 @@ multi-image mode. Pure functions; nothing here opens a file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvbench.errors import UserError
 from kvbench.tasks.base import IMAGE_MARKER, Prompt, Sample, Tokens
+
+PLACEHOLDER = re.compile(r"\{(?:image|table)#([^{}]*)\}")
+"""Where an image stands in an annotation's text, and its number."""
 
 
 def option_list(choices: Sequence[str], lettered: bool = True) -> str:
@@ -36,10 +40,8 @@ def place_markers(text: str, images: int) -> str:
 
     The number is thrown away: markers and images are aligned by position.
     """
-    for k in range(1, images + 1):
-        for kind in ("image", "table"):
-            text = text.replace(f"{{{kind}#{k}}}", IMAGE_MARKER)
-    return text
+    known = {str(k) for k in range(1, images + 1)}
+    return PLACEHOLDER.sub(lambda match: IMAGE_MARKER if match[1] in known else match[0], text)
 
 
 def newline_rule(text: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.errors import UserError
+from kvbench.errors import UserError, brief
 from kvbench.tasks.base import IMAGE_MARKER, Sample, TaskData
 from kvbench.tasks.images import locate
 from kvbench.tasks.milebench.record import Record, check_unicode, field, parse_record, strings
@@ -152,7 +153,7 @@ def check_truth(annotation: Annotation, record: Record) -> None:
     choices = record.choices or ()
     if true_option(choices, record.truth) is None:
         raise UserError(
-            f"{annotation.where(record)}: the response {record.truth!r} is not among its "
+            f"{annotation.where(record)}: the response '{brief(record.truth)}' is not among its "
             f"{len(choices)} options; correct response or choice_list"
         )
 
@@ -177,7 +178,8 @@ def _annotation_path(root: Path, folder: str) -> Path:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_object)
     except OSError as error:
         raise UserError(f"{path}: unreadable ({error.strerror}); check its rights") from error
     except (ValueError, RecursionError) as error:
@@ -187,3 +189,12 @@ def _parse(path: Path) -> dict[str, Any]:
             f"{path}: must hold an object with meta_data and data; restore the original file"
         )
     return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands twice, plain `json` would drop the first value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key '{brief(twice)}' stands twice in one object")
+    return found

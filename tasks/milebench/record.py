@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvbench.errors import UserError
+from kvbench.errors import UserError, brief
 from kvbench.tasks.base import IMAGE_MARKER
-from kvbench.tasks.milebench.prompt import full_text
+from kvbench.tasks.milebench.prompt import PLACEHOLDER, full_text
 
-_PLACEHOLDER = re.compile(r"\{(?:image|table)#([^{}]*)\}")
 _KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer"}
 
 
@@ -130,11 +128,11 @@ def check_placeholders(text: str, images: int, where: str) -> None:
             f"write a placeholder such as {{image#1}} instead"
         )
     known, used = {str(k) for k in range(1, images + 1)}, set()
-    for match in _PLACEHOLDER.finditer(text):
+    for match in PLACEHOLDER.finditer(text):
         number = match[1]
         if number not in known:
             raise UserError(
-                f"{where}: placeholder {match[0]} has no image, images_path has {images}; "
+                f"{where}: placeholder {brief(match[0])} has no image, images_path has {images}; "
                 f"add the image or correct the number"
             )
         if number in used:
@@ -169,5 +167,8 @@ def _truth(entry: Mapping[str, Any], where: str) -> str:
 
 def _shown(value: object) -> str:
     """A JSON value, short enough for an error message."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "something nested that deeply"
     return text if len(text) <= 60 else text[:57] + "..."

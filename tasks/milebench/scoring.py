@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
-from kvbench.errors import UserError
+from kvbench.errors import UserError, brief
 from kvbench.tasks.base import Sample, Score
 from kvbench.tasks.milebench.choice import extract, label, strictly_right
 from kvbench.tasks.milebench.normalise import normalise
@@ -35,7 +35,7 @@ def metric_of(folder: str, question_type: str) -> Metric:
     """
     if question_type not in QUESTION_TYPES:
         raise UserError(
-            f"{folder}: question_type {question_type!r} is unknown; "
+            f"{folder}: question_type '{brief(question_type)}' is unknown; "
             f"use one of {', '.join(QUESTION_TYPES)}"
         )
     if "NeedleInAHaystack" in folder:
@@ -57,7 +57,7 @@ def _score_option(sample: Sample, answer: str) -> Score:
     right = true_option(choices, sample.truth)
     if right is None:
         raise UserError(
-            f"sample {sample.sample_id}: the response {sample.truth!r} is not among its "
+            f"sample {sample.sample_id}: the response '{brief(sample.truth)}' is not among its "
             f"{len(choices)} options; correct response or choice_list in the annotation file"
         )
     extracted = extract(given, [normalise(choice) for choice in choices])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -170,7 +170,6 @@ def test_stored_bytes_equal_bits_per_element(
 finite = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     hnp.arrays(np.float32, (1, 1, 3, 8), elements=finite),
     st.sampled_from([1, 2, 4, 8]),
@@ -196,7 +195,6 @@ def test_errors_stay_within_half_a_step_of_the_stored_range(
     assert (np.abs(decoded - wanted) <= scale / 2 + slack).all()
 
 
-@settings(max_examples=60, deadline=None)
 @given(hnp.arrays(np.float32, (1, 2, 4, 8), elements=finite), st.sampled_from([2, 4, 8]))
 def test_the_float_offset_reproduces_both_ends(x: np.ndarray, bits: int) -> None:
     codec = Affine(bits, 8, zero="float")

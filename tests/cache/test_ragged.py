@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbench.cache.ragged import Ragged, join, left_aligned, within
@@ -30,14 +30,12 @@ def plain(x: Ragged) -> list[list[int]]:
 lists = st.lists(st.lists(st.integers(1, 99), max_size=5), min_size=2, max_size=2)
 
 
-@settings(max_examples=80, deadline=None)
 @given(st.lists(lists, min_size=1, max_size=4))
 def test_join_puts_rows_behind_one_another(parts: list[list[list[int]]]) -> None:
     joined = plain(join([ragged(part) for part in parts]))
     assert joined == [[x for part in parts for x in part[row]] for row in range(2)]
 
 
-@settings(max_examples=80, deadline=None)
 @given(lists, st.data())
 def test_slices_have_their_own_start_in_each_row(
     rows: list[list[int]], data: st.DataObject
@@ -52,7 +50,6 @@ def test_slices_have_their_own_start_in_each_row(
     assert plain(ragged(rows).slice(starts, counts)) == expected
 
 
-@settings(max_examples=50, deadline=None)
 @given(lists, st.data())
 def test_where_keeps_order(rows: list[list[int]], data: st.DataObject) -> None:
     width = max(map(len, rows))

@@ -83,7 +83,7 @@ def test_options_arrive(invoke: Invoke, findings: list[Any], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ("--model smol_lava", "did you mean smol_llava?"),
+        ("--model smol_lava", "did you mean smol_llava"),
         ("--model smol_llava,llava15_7b", "names 2 models"),
         ("--model tiny=/no/such", "/no/such"),
         ("--methods kivy", "did you mean kivi?"),

@@ -109,7 +109,7 @@ def test_progress_goes_to_stderr(invoke: Invoke, recorder: Recorder) -> None:
         ("--methods kivy", "did you mean kivi?"),
         ("--methods kivi[bitz=2]", "did you mean bits?"),
         ("--methods kivi[bits=two]", "must be a whole number"),
-        ("--models smol_lava", "did you mean smol_llava?"),
+        ("--models smol_lava", "did you mean smol_llava"),
         ("--models llava15_7b=/no/such", "/no/such"),
         ("--tasks ooe", "unknown task"),
         ("--protocol exact", "did you mean exact_prefill?"),

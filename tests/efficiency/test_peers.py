@@ -131,9 +131,9 @@ def test_a_probe_adds_no_more_than_caches_take(tiny_text_model, caches, monkeypa
     sizes = []
     update = DynamicCache.update
 
-    def seen(self: Any, keys: torch.Tensor, *rest: Any) -> Any:
+    def seen(self: Any, keys: torch.Tensor, *rest: Any, **options: Any) -> Any:
         sizes.append(keys.shape[2])
-        return update(self, keys, *rest)
+        return update(self, keys, *rest, **options)
 
     monkeypatch.setattr(DynamicCache, "update", seen)
     run_generate(request(True, Workload(100, 0, 200, 1)), tiny_text_model().model, PEER)

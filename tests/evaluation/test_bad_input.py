@@ -211,6 +211,7 @@ def test_images(refused: Refused, data: Path, tmp_path: Path, damage: Any, part:
     complaint = refused(data_root=data)
     assert part in complaint
     assert path.name in complaint
+    assert "sample 1" in complaint
     rows = tmp_path / "run" / "samples.jsonl"
     found = read_rows(rows) if rows.exists() else []
     assert {row.sample_id for row in found} <= {0}  # what came before the broken sample is kept
@@ -293,7 +294,7 @@ def test_rows_of_something_else_are_not_touched(refused: Refused, tmp_path: Path
     ("words", "part"),
     [
         ("--models tiny=/no/such", "there is no model folder /no/such"),
-        ("--models smol_lava", "did you mean smol_llava?"),
+        ("--models smol_lava", "did you mean smol_llava"),
         ("--methods kivy", "did you mean kivi?"),
         ("--samples 0", "--samples is 0"),
         ("--data /no/such", "data root /no/such does not exist"),

@@ -64,6 +64,7 @@ def test_strided_and_empty_states() -> None:
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_rotations_are_the_same_on_a_gpu(side: str, size: int, dtype: torch.dtype) -> None:
     rotate, x = Rotate(size, side), torch.randn(4, 8, 777, size).to(dtype)
-    tolerance = 4 * torch.finfo(dtype).eps
+    # Half-precision results differ by a rounding, wide ones by the order of their sums.
+    tolerance = (4 if dtype.itemsize == 2 else 64) * torch.finfo(dtype).eps
     for turn in (rotate.store, rotate.attend):
         torch.testing.assert_close(turn(x.cuda()).cpu(), turn(x), rtol=tolerance, atol=tolerance)

@@ -26,7 +26,10 @@ from kvbench.cache.layer import QuantizedLayer
 from kvbench.cache.observers import Observed
 from kvbench.registry import METHODS
 
-SMALL = dict(recent=8, window=8, residual=16, group_size=8, pivots=3, sinks=2)
+SMALL = dict(
+    **dict(recent=8, window=8, residual=16, group_size=8, pivots=3, sinks=2),
+    **dict(stream=8, start=2, keep=0.5, recent_probes=8, random_probes=8),
+)
 """Windows and groups that a prompt of some fifty tokens fills several times."""
 
 

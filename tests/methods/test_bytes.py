@@ -8,6 +8,7 @@ keys are stored before RoPE, four bytes a token for its place in the sequence.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,39 @@ def without_pivots(length: int, salient: bool) -> int:
     return 2 * (H * ((length - 8) * packed(2) + 8 * EXACT) + 8)
 
 
+def mikv(length: int, salient: bool) -> int:
+    """A fifth exact in each head, with 4 bytes of score; half a head shares metadata."""
+    kept = length // 5
+    vectors = kept * EXACT + (length - kept) * packed(2)
+    return 2 * H * (vectors + kept) + 4 * H * kept + H * D * 2  # and a factor a key channel
+
+
+def zip_cache(low: int, high: int, writes: int, new: int, merged: bool) -> int:
+    """Keys: 4 bytes a channel for each tier of a write; values: 4 bytes a token and range."""
+    keys = H * (low * D * 2 // 8 + high * D * 4 // 8 + writes * D * 4 + new * EXACT)
+    ranges = (low + high) * (1 if merged else H) * 4
+    values = H * (low * D * 2 // 8 + high * D * 4 // 8 + new * EXACT) + ranges + H * D * 2
+    return keys + values + 2 * new * (1 if merged else H)
+
+
+def zipcache(length: int, salient: bool) -> int:
+    """0.4 of the prompt, and 3 of every 8 new tokens, at 2 bits."""
+    blocks, new = divmod(length - PROMPT, 8)
+    low, high = PROMPT * 4 // 10 + 3 * blocks, -(-PROMPT * 6 // 10) + 5 * blocks
+    return zip_cache(low, high, 2 * (1 + blocks), new, merged=False)
+
+
+def zipvl(length: int, salient: bool) -> int:
+    """Here the whole of the attention is wanted, so all tokens are important."""
+    blocks, new = divmod(length - PROMPT, 8)
+    return zip_cache(0, length - new, 1 + blocks, new, merged=True)
+
+
+def kvcrush(length: int, salient: bool) -> int:
+    """Half of the prompt is gone."""
+    return 2 * H * (length - PROMPT + PROMPT // 2) * EXACT
+
+
 FORMULAS: dict[str, Callable[[int, bool], int]] = {
     "fp16": lambda length, salient: 2 * H * length * EXACT,
     "rtn_int4": rtn(4),
@@ -75,6 +109,10 @@ FORMULAS: dict[str, Callable[[int, bool], int]] = {
     "skvq": skvq,
     "akvq_vl": akvq,
     "rtn_int2_wht_tsa": without_pivots,
+    "mikv": mikv,
+    "zipcache": zipcache,
+    "zipvl": zipvl,
+    "kvcrush": kvcrush,
 }
 
 
@@ -89,8 +127,9 @@ def test_bytes_equal_the_formula_at_every_step(
     tiny_text_model, calibrated, small, driver, random_states, name: str, salient: bool
 ) -> None:
     model = tiny_text_model().model
+    method = small(name)
     drive = driver(
-        small(name),
+        replace(method, tau=1.0) if name == "zipvl" else method,
         LayerSpec(1, 2, 4, H, D, text_salient=salient),
         "quantized_prefill",
         calibration=equal_clusters(calibrated(model)) if name == "skvq" else calibrated(model),

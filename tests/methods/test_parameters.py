@@ -22,6 +22,7 @@ OTHER: dict[str, str] = {
     "alpha": "0.25",
     "clip": "0.75",
     "text_clip": "0.9",
+    "base": "rtn_int4",
 }
 
 
@@ -62,6 +63,7 @@ BAD = {
     int: ["1.5", "many", "", "1e3"],
     float: ["half", "nan", "inf"],
     bool: ["2", "maybe"],
+    str: ["no_such_method"],
 }
 
 
@@ -117,6 +119,25 @@ OUT_OF_RANGE = [
     "smoothquant[alpha=1.1]",
     "smoothquant[bits=3]",
     "smoothquant[group_size=0]",
+    "mikv[ratio=1.5]",
+    "mikv[recent_share=-1.0]",
+    "mikv[group_size=-1]",
+    "mikv[group_size=7]",
+    "mikv[bits=3]",
+    "zipcache[unimportant=1.1]",
+    "zipcache[probes=0.0]",
+    "zipcache[bits=2]",
+    "zipcache[bits=3]",
+    "zipcache[stream=0]",
+    "zipvl[tau=0.0]",
+    "zipvl[recent_probes=0]",
+    "zipvl[low_bits=4]",
+    "zipvl[stream=0]",
+    "kvcrush[keep=1.5]",
+    "kvcrush[start=0]",
+    "kvcrush[recent=0]",
+    "kvcrush[seed=-1]",
+    "kvcrush+rtn_int9",
 ]
 
 
@@ -155,6 +176,16 @@ def test_values_out_of_range_are_refused_when_the_cache_is_made(
         "smoothquant[alpha=1.0,zero=float]",
         "rtn_int4[bits=1]",
         "rtn_int4[group_over_heads=true,group_size=32]",
+        "mikv[high_bits=8,bits=4,ratio=0.5,recent_share=0.2]",
+        "mikv[balance=false,group_size=16,ratio=0.0]",
+        "zipcache[as_shipped=true,stream=6,probes=0.3]",
+        "zipcache[per_head=false,stream=6,unimportant=0.7]",
+        "zipvl[drop=true,tau=0.8,stream=6,recent_probes=9]",
+        "kvcrush[start=1,recent=9,keep=0.4,anchor=mean]+kivi[group_size=8,residual=16]",
+        "kvcrush[start=1,recent=9,keep=0.4]+skvq[window=6]",
+        "kvcrush[start=1,recent=9,keep=0.4]+akvq_vl[recent=12]",
+        "kvcrush[start=1,recent=9,keep=0.4]+zipcache[stream=6]",
+        "kvcrush[start=1,recent=9,keep=0.6]+mikv[ratio=0.3]",
     ],
 )
 @pytest.mark.parametrize("protocol", ["quantized_prefill", "exact_prefill"])

@@ -4,6 +4,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -85,6 +86,54 @@ def test_other_formats_are_not_tried(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.png: the image is missing"):
         open_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("size", "part"),
+    [
+        ((16_385, 100), "16385 x 100 pixels are too long a strip"),
+        ((100, 16_385), "too long a strip, the limits are 16,384 pixels a side and 200 : 1"),
+        ((1, 201), "1 x 201 pixels are too long a strip"),
+    ],
+)
+def test_strips_are_refused(tmp_path: Path, size: tuple[int, int], part: str) -> None:
+    """A model's processor makes the shorter side hundreds of pixels, or pads to a square."""
+    path = tmp_path / "x.png"
+    Image.new("1", size).save(path)
+    with pytest.raises(UserError, match=rf"x\.png: .*{part}.*crop it"):
+        open_image(path)
+    Image.new("1", (1, 200)).save(path)
+    assert open_image(path).size == (1, 200)
+
+
+def test_an_empty_image_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.gif"
+    noise("P").save(path)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"\x2c\0\0\0\0" + struct.pack("<HH", 64, 48))
+    content[place + 5 : place + 9] = content[6:10] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.gif: (the image is empty|not an image|the image is)"):
+        open_image(path)
+
+
+def test_sixteen_bit_greys_keep_their_upper_bits(tmp_path: Path) -> None:
+    """Pillow alone shows everything above 255 of 65,535 as white."""
+    path = tmp_path / "x.png"
+    ramp = np.linspace(0, 65_535, 64 * 48).astype(np.uint16).reshape(48, 64)
+    Image.fromarray(ramp).save(path)
+    shown = np.asarray(open_image(path))
+    assert shown.shape == (48, 64, 3)
+    assert (shown == (ramp // 256)[..., None]).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "webp"])
+def test_of_a_moving_image_the_first_frame_counts(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x.{suffix}"
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue", "blue")]
+    more = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **more)
+    assert np.asarray(open_image(path)).reshape(-1, 3).tolist() == [[255, 0, 0]] * 48
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load"]
+__all__ = ["load", "load_language"]
 
 
 def load(device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any, str]:
@@ -30,3 +30,14 @@ def load(device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, An
     from kvbench.models.smol_llava.loading import load_merged
 
     return load_merged(device, dtype)
+
+
+def load_language(device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any, str]:
+    """SmolLM2-135M-Instruct itself, its tokenizer and its revision; arguments as of `load`.
+
+    Raises:
+        UserError: the weights are not installed.
+    """
+    from kvbench.models.smol_llava.loading import load_base
+
+    return load_base(device, dtype)

@@ -92,7 +92,7 @@ def convert(file: Path, folder: Path) -> None:
     try:
         tokenizer = read_tokenizer(file)
         source = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
+            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
@@ -118,7 +118,8 @@ def read_tokenizer(file: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     make: Any = PreTrainedTokenizerFast
-    core = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).backend_tokenizer
+    read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    core = read.backend_tokenizer
     # Set by hand for the same reason; one release's decoder loses characters.
     core.normalizer = normalizers.Sequence([])
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

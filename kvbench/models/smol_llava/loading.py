@@ -26,6 +26,19 @@ def load_merged(device: str, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
     return model.to(device).eval(), processor, folder.name.rpartition("-")[2]
 
 
+def load_base(device: str, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
+    """What `kvbench.models.smol_llava.load_language` promises."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    folder = converted_folder()
+    model: Any = LlamaForCausalLM.from_pretrained(
+        folder, dtype=dtype or torch.bfloat16, local_files_only=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.to(device).eval(), tokenizer, folder.name.rpartition("-")[2]
+
+
 def merged_folder(path: Path = weights.WEIGHTS, root: Path | None = None) -> Path:
     """An ordinary LLaVA checkpoint folder of the model, written on first use.
 
@@ -61,7 +74,9 @@ def assemble(base: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-    language = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    language = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
     tokenizer = architecture.build_tokenizer(base)
     config = architecture.llava_config(text_config(language.config), tokenizer.image_token_id)
     model: Any = LlavaForConditionalGeneration(config)

@@ -40,8 +40,10 @@ def language_model(folder: Path, tiny: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
     if not tiny:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = AutoConfig.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = 2, 192, 256
     config.num_attention_heads, config.num_key_value_heads = 3, 1
     model: Any = LlamaForCausalLM(config)

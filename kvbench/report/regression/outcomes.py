@@ -45,7 +45,7 @@ class Outcome:
     schema: int
     """Version of this layout."""
     model: str
-    protocol: Literal["quantized_prefill", "exact_prefill"]
+    protocol: Literal["quantized_prefill", "exact_prefill", "sparse_prefill"]
     method: str
     task: str
     sample_id: int

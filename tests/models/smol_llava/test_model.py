@@ -18,6 +18,8 @@ from transformers import LlamaForCausalLM
 
 from kvbench.errors import UserError
 from kvbench.models import smol_llava
+from kvbench.models.find import find_model
+from kvbench.models.load import load_model
 from kvbench.models.smol_llava import architecture, convert, folders, loading, weights
 from kvbench.models.smol_llava.examples import FOLDERS, draw, prompt_text
 from kvbench.models.smol_llava.network import Language, Network
@@ -254,3 +256,14 @@ def test_converted_smollm2_knows_a_capital(tmp_path: Path) -> None:
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)
     assert "Paris" in tokenizer.decode(answer[0, ids.shape[1] :])
+
+
+def test_the_language_model_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "converted_folder", lambda: base)
+    loaded = load_model(find_model("smollm2"), "cpu", "float32")
+    assert loaded.entry.family == "text" and loaded.model.dtype == torch.float32
+    assert loaded.tokens.start == [] and loaded.tokens.decode(loaded.tokens.encode("a b")) == "a b"
+    saved = LlamaForCausalLM.from_pretrained(base)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, saved(ids).logits)

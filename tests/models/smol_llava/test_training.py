@@ -354,7 +354,7 @@ def test_later_sequences_do_not_see_earlier_ones() -> None:
 @has_easy_vqa
 def test_whole_run_resumes_and_exports(base: Path, tmp_path: Path) -> None:
     common = ["--smoke", "--workers", "0", "--base", str(base)]
-    assert train.main([*common, "--minutes", "0.3", "--out", str(tmp_path / "one")]) == 0
+    assert train.main([*common, "--minutes", "0.1", "--out", str(tmp_path / "one")]) == 0
     _, first = checkpoint.read(tmp_path / "one" / "state")
     again = ["--minutes", "0.01", "--out", str(tmp_path / "two"), "--resume", str(tmp_path / "one")]
     assert train.main([*common, *again]) == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 
 from kvbench.errors import UserError
 from kvbench.tasks.milebench import TASKS
+from kvbench.tasks.milebench.prompt import place_markers
 from kvbench.tasks.milebench.reader import image_level, read_task
 
 
@@ -281,3 +283,47 @@ def test_json_that_is_no_object(make_task) -> None:
     (root / "TQA" / "TQA.json").write_text(json.dumps([1]))
     with pytest.raises(UserError, match=r"must hold an object with meta_data and data"):
         read_task(root, "TQA")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('"data": [', '"data": [], "data": [', "data"),
+        ('"response"', '"response": "red", "response"', "response"),
+        ('"context"', '"context": "", "context"', "context"),
+    ],
+)
+def test_a_key_that_stands_twice(make_task, old: str, new: str, key: str) -> None:
+    """Plain JSON readers drop the first of two values, samples and all."""
+    root = make_task("TQA")
+    path = root / "TQA" / "TQA.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+    message = rf"TQA\.json: not valid JSON \(key '{key}' stands twice in one object\); restore"
+    with pytest.raises(UserError, match=message):
+        read_task(root, "TQA")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        set_entry("response", "violet\n" * 1000),
+        set_entry("sample_id", "x" * 9000),
+        set_instance("images_path", ["x\n" * 1000, "1_1.png"]),
+        set_instance("images_path", ["../" * 1000, "1_1.png"]),
+        set_instance("context", "{image#" + "\n" * 1000 + "}"),
+        set_meta("question_type", "essay\n" * 1000),
+        set_entry("response", functools.reduce(lambda inner, _: [inner], range(900), [])),
+    ],
+)
+def test_messages_stay_one_short_line(make_task, edit) -> None:
+    with pytest.raises(UserError) as caught:
+        read_task(make_task(edit=edit), "TQA")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_placeholders_of_many_images_take_one_pass() -> None:
+    """Replacing one number after the other takes hours for such a sample."""
+    text = "{image#1}{table#20000}{image#20001}{image#0}" + "x" * 1_000_000
+    marked = place_markers(text, 20_000)
+    assert marked == "<ImageHere>" * 2 + "{image#20001}{image#0}" + "x" * 1_000_000

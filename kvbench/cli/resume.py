@@ -1,0 +1,41 @@
+"""Runs that can be stopped anywhere and go on when started again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from kvbench.cli.progress import Terminal
+from kvbench.cli.report import show
+from kvbench.cli.verbs import INTERRUPTED
+
+
+def new_folder() -> Path:
+    """An output folder named after the time."""
+    return Path("results/runs") / time.strftime("%Y%m%d-%H%M%S")
+
+
+def run_resumable(out: Path, rows: str, work: Callable[[Terminal], None]) -> None:
+    """Do the work behind a progress bar and show its tables; interrupted, those of the rows so far.
+
+    Args:
+        out: The output folder.
+        rows: Name of the file in it that the work appends to.
+        work: The run.
+    """
+    try:
+        with Terminal() as progress:
+            work(progress)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted: the rows so far are in {out}; "
+            f"the same command with --out {out} goes on from there",
+            err=True,
+        )
+        if (out / rows).is_file() and (out / rows).stat().st_size > 0:
+            show(out)
+        raise typer.Exit(INTERRUPTED) from None
+    show(out)
