@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from kvbench.cli.options import (
     Workers,
 )
 from kvbench.cli.resume import new_folder, run_resumable
+
+if TYPE_CHECKING:
+    from kvbench.evaluation.request import EvalRequest
 
 
 def evaluate(
