@@ -147,6 +147,8 @@ def load_model(
             architecture, the device is not there, or the type is unknown.
     """
     kind = _dtype(dtype or entry.dtype)
+    if device != AUTO_MAP:
+        _check_device(device)
     if entry.folder is None and entry.loader is not None:
         return _load_bundled(entry, device, kind)
     folder = checkpoint_folder(entry)
@@ -160,7 +162,6 @@ def load_model(
 def _load_bundled(entry: ModelEntry, device: str, dtype: torch.dtype) -> LoadedModel:
     if device == AUTO_MAP:  # small enough for one
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_device(device)
     module_name, _, function = str(entry.loader).partition(":")
     # A plug-in's loader is foreign code: what goes wrong in it must name it.
     try:
@@ -239,12 +240,9 @@ def _processor_template(folder: Path) -> str | None:
         raise UserError(f"{path} holds no chat template: download it again") from None
 
 
-def _device_map(device: str) -> dict[str, str] | str:
-    """What transformers is told of where to put which layer."""
-    if device == AUTO_MAP:
-        return "auto"
-    _check_device(device)
-    return {"": device}
+def _device_map(device: str) -> dict[str, str] | str | None:
+    """What transformers is told of where to put which layer; None where one device has all."""
+    return "auto" if device == AUTO_MAP else None
 
 
 def _weights(folder: Path, entry: ModelEntry, dtype: torch.dtype, device: str) -> Any:
@@ -270,7 +268,9 @@ def _weights(folder: Path, entry: ModelEntry, dtype: torch.dtype, device: str) -
             f"the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}:"
             " download the checkpoint again"
         )
-    if "disk" in getattr(model, "hf_device_map", {}).values():
+    if places is None:
+        return model.to(device)
+    if "disk" in getattr(model, "hf_device_map", {}).values():  # absent without any GPU
         raise UserError(
             f"the model in {folder} is larger than all GPUs and main memory together: use a smaller"
             " dtype, or a larger machine"

@@ -94,7 +94,6 @@ def same_answers(rows: list[SampleRow], expected: list[SampleRow]) -> None:
 
 def split(device: str) -> dict[str, str]:
     """The tiny LLaVA on two GPUs: all but the last two layers on the first."""
-    assert device == AUTO_MAP
     stack = "model.language_model"
     first = [f"{stack}.embed_tokens", f"{stack}.rotary_emb", f"{stack}.layers.0"]
     first += ["model.vision_tower", "model.multi_modal_projector"]
