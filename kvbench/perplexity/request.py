@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from kvbench.evaluation.choices import MethodChoice
     from kvbench.models.zoo import ModelEntry
 
+_ONE_PASS = "quantized_prefill"
+
 
 @dataclass(frozen=True)
 class PerplexityRequest:
@@ -22,13 +24,13 @@ class PerplexityRequest:
         methods: Methods, each once, with the 16-bit cache that they are held against.
         model: Entry of the zoo or of a local folder.
         protocols: Under ``quantized_prefill`` a window is read at once and every position is
-            scored. Under ``exact_prefill`` its context is read at once and the rest token by token,
-            as answers are generated; what follows the context is scored.
+            scored. Under all others its context is the prompt, read at once, and the rest comes
+            token by token, as answers are generated; what follows the context is scored.
         out: Folder of the rows; a folder with rows is continued.
         text: A UTF-8 file, or the name of a bundled text.
         limit: At most so many windows, at equal distances in the text; None is all.
         window: Tokens of a window.
-        context: Tokens of a window that ``exact_prefill`` reads at once.
+        context: Tokens of a window that protocols other than ``quantized_prefill`` read at once.
         batch: Windows that are read together.
         device: "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N".
         dtype: Type of weights and activations; "auto" is the model entry's own.
@@ -56,7 +58,8 @@ class PerplexityRequest:
         smallest = (("limit", 1), ("window", 4), ("context", 2), ("batch", 1))
         for name, least in smallest:
             at_least(name, getattr(self, name), least)
-        if self.context >= self.window and "exact_prefill" in self.protocols:
+        stepwise = set(self.protocols) - {_ONE_PASS}
+        if self.context >= self.window and stepwise:
             raise UserError(
                 f"--context {self.context} leaves nothing of a window of {self.window} tokens to "
                 "read token by token: give a smaller --context or a larger --window"
@@ -66,4 +69,4 @@ class PerplexityRequest:
 
     def read_at_once(self, protocol: str) -> int:
         """Tokens of a window that the model reads in one pass."""
-        return self.context if protocol == "exact_prefill" else self.window
+        return self.window if protocol == _ONE_PASS else self.context

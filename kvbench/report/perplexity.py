@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kvbench.evaluation.rows import PROTOCOLS
 from kvbench.evaluation.statistics import Estimate, Interval, bootstrap_items, mean_of_items, tail
 from kvbench.perplexity.rows import PerplexityRow
+from kvbench.report import header
 from kvbench.report.board import Leaderboard
 from kvbench.report.cells import BASELINE
 from kvbench.report.paper import label, paper_table, rank
@@ -40,13 +41,10 @@ own row is a second pass held against the first: what it differs from zero is no
 are of the cache with a whole window in it. Packed tokens read: tokens that attention took from
 quantized storage a window, over layers and steps."""
 
-_HOW = {
-    "quantized_prefill": "each window is read in one pass in which every token attends to the "
-    "cache as it is stored when the window is through; all positions are scored",
-    "exact_prefill": "of each window, the first {context} tokens are read in one pass with exact "
-    "attention, except that the last of them attends to the cache as stored; the others follow one "
-    "by one, each attending to the cache as stored; what follows the context is scored",
-}
+_ONE_PASS = (
+    "each window is read in one pass in which every token attends to the cache as it is stored "
+    "when the window is through; all positions are scored"
+)
 
 _HEADERS = (
     "Method", "Bits", "Cache bytes", "KL mean", "KL 99 %", "KL 99.9 %", "Top-1 %", "RMS Δp",
@@ -234,7 +232,7 @@ def _title(setting: Setting) -> str:
 def _header(table: PerplexityTable, run: Mapping[str, Any]) -> str:
     setting, board = table.setting, Leaderboard((), run)
     facts = {
-        "protocol": f"{setting.protocol}: {_HOW[setting.protocol].format(context=setting.context)}",
+        "protocol": f"{setting.protocol}: {_how(setting)}",
         "text": f"{setting.text}, SHA-256 {setting.text_sha256}",
         "windows": f"{max(line.windows for line in table.lines)} of T = {setting.window} tokens, "
         f"{setting.batch} read together",
@@ -247,6 +245,16 @@ def _header(table: PerplexityTable, run: Mapping[str, Any]) -> str:
     lines += [f"- machine: {escape(board.machine)}"] if board.machine else []
     lines += [f"- command: {code(board.command)}"] if board.command else []
     return "\n".join(lines)
+
+
+def _how(setting: Setting) -> str:
+    if setting.context == setting.window:
+        return _ONE_PASS
+    return (
+        f"the first {setting.context} tokens of a window are a prompt ("
+        f"{header.PROTOCOLS[setting.protocol]}); the others follow one by one, each attending to "
+        "the cache as stored; what follows the prompt is scored"
+    )
 
 
 def _calibration(table: PerplexityTable) -> str:
