@@ -16,7 +16,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def check_fields(instance: Any) -> None:
-    """Hold every int, float, bool and Literal field of a dataclass against its annotation.
+    """Hold every int, float, bool, str and Literal field of a dataclass against its annotation.
 
     Raises:
         UserError: a value has another type, isn't finite, or is none of the choices.
@@ -34,8 +34,8 @@ def check_fields(instance: Any) -> None:
 def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if kind is bool:
-        return isinstance(value, bool)
+    if kind in (bool, str):
+        return isinstance(value, kind)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind is float:
@@ -47,4 +47,5 @@ def _fits(value: Any, kind: Any) -> bool:
 def _expected(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))
-    return {bool: "true or false", int: "a whole number", float: "a finite number"}[kind]
+    texts = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    return texts[kind]
