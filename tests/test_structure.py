@@ -27,13 +27,14 @@ ALLOWED = {
     "evaluation": {"cache", "errors", "models", "registry", "specs", "tasks"},
     "efficiency": {"cache", "errors", "evaluation", "kernels", "models", "registry", "specs"},
     "analysis": {"cache", "errors", "evaluation", "specs", "tasks"},
+    "matching": {"analysis", "cache", "errors", "evaluation", "registry", "specs"},
     "report": {"efficiency", "errors", "evaluation"},
     "doctor": {
         *("cache", "efficiency", "errors", "evaluation", "kernels", "models", "registry", "tasks"),
     },
     "cli": {
-        *("analysis", "doctor", "efficiency", "errors", "evaluation", "registry", "report"),
-        *("specs", "tasks"),
+        *("analysis", "doctor", "efficiency", "errors", "evaluation", "matching", "registry"),
+        *("report", "specs", "tasks"),
     },
     "__main__": {"cli"},
     "__init__": {"cache"},

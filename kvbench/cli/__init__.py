@@ -18,6 +18,7 @@ from kvbench.cli import (
     efficiency,
     evaluate,
     listing,
+    match,
     report,
 )
 from kvbench.cli.verbs import Verbs
@@ -37,6 +38,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("efficiency")(efficiency.efficiency)
 app.command("analyze")(analyze.analyze)
 app.command("ablate")(ablate.ablate)
+app.command("match")(match.match)
 app.command("report")(report.report)
 app.command("calibrate")(calibrate.calibrate)
 app.command("compare")(compare.compare)
