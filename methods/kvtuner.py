@@ -37,7 +37,7 @@ class KVTuner:
 
     `pairs` is ``K8V4`` for all layers, or K and V each followed by a digit a layer: ``K884V422``
     are three layers with (8, 4), (8, 2) and (4, 2). `preset` names a file of `kvbench tune`, whose
-    pairs and scheme are taken over: what was stored is then known by its table, not by a path.
+    pairs, scheme and sizes are taken over: rows then know the table itself instead of a path.
 
     `scheme` "per_token" (section 5): keys and values of a token are one group a head, no residual;
     "kivi": keys in groups of `group_size` tokens of a channel, values in groups of `group_size`
@@ -126,7 +126,7 @@ class KVTuner:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             parameters = content["parameters"]
-            for name in ("pairs", "scheme"):
+            for name in ("pairs", "scheme", "group_size", "residual"):
                 object.__setattr__(self, name, parameters[name])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(

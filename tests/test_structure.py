@@ -28,13 +28,16 @@ ALLOWED = {
     "efficiency": {"cache", "errors", "evaluation", "kernels", "models", "registry", "specs"},
     "analysis": {"cache", "errors", "evaluation", "specs", "tasks"},
     "matching": {"analysis", "cache", "errors", "evaluation", "registry", "specs"},
+    "tuning": {
+        *("analysis", "cache", "errors", "evaluation", "models", "registry", "specs", "tasks"),
+    },
     "report": {"efficiency", "errors", "evaluation"},
     "doctor": {
         *("cache", "efficiency", "errors", "evaluation", "kernels", "models", "registry", "tasks"),
     },
     "cli": {
         *("analysis", "doctor", "efficiency", "errors", "evaluation", "matching", "registry"),
-        *("report", "specs", "tasks"),
+        *("report", "specs", "tasks", "tuning"),
     },
     "__main__": {"cli"},
     "__init__": {"cache"},
@@ -44,6 +47,8 @@ ALLOWED = {
 # tasks, and the data that it takes when given none.
 SEES = {
     ("analysis", "tasks"): {"minimile"},
+    ("tuning", "tasks"): {"minimile"},
+    ("tuning", "models"): {"vision"},
     ("report", "evaluation"): {"files", "rows", "statistics", "store", "typed"},
     ("report", "efficiency"): {"rows"},
     ("doctor", "evaluation"): {"choices", "environment", "hardware", "request", "rows"},

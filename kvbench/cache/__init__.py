@@ -22,6 +22,7 @@ from kvbench.cache.contract import (
 from kvbench.cache.fields import check_fields
 from kvbench.cache.folding import folded_values
 from kvbench.cache.foreign import ForeignCache
+from kvbench.cache.layerwise import LayerwiseQuantizer
 from kvbench.cache.observers import observing
 from kvbench.cache.plans import Uniform, filled
 from kvbench.cache.quantized import (
@@ -47,6 +48,7 @@ __all__ = [
     "KVQuantizer",
     "LayerQuantizer",
     "LayerSpec",
+    "LayerwiseQuantizer",
     "MergeHeads",
     "Needs",
     "Plan",

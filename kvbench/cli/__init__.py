@@ -20,6 +20,7 @@ from kvbench.cli import (
     listing,
     match,
     report,
+    tune,
 )
 from kvbench.cli.verbs import Verbs
 
@@ -39,6 +40,7 @@ app.command("efficiency")(efficiency.efficiency)
 app.command("analyze")(analyze.analyze)
 app.command("ablate")(ablate.ablate)
 app.command("match")(match.match)
+app.command("tune")(tune.tune)
 app.command("report")(report.report)
 app.command("calibrate")(calibrate.calibrate)
 app.command("compare")(compare.compare)
