@@ -56,10 +56,7 @@ class KVTuner:
     layer_choices: ClassVar[tuple[str, ...]] = tuple(
         f"K{key}V{value}" for key, value in product(reversed(_WIDTHS), repeat=2)
     )
-    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "pairs": layer_choices,
-        "scheme": ("per_token", "kivi"),
-    }
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"pairs": layer_choices}
 
     pairs: str = _UNIFORM
     scheme: Literal["per_token", "kivi"] = "per_token"

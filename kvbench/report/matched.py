@@ -138,8 +138,8 @@ def _table(match: Match, block: Block) -> str:
     headers = ["Method", "Setting", "Measured", "Bits", "Mean", "Interval", "- FP16", "p", "KL"]
     lines = [
         [
-            label(paper_table().methods, name),
-            spec.removeprefix(name.partition("[")[0]) or MISSING,
+            label(paper_table().methods, name.partition("[")[0]),
+            spec.partition("[")[2].removesuffix("]") or MISSING,
             MISSING if found is None else f"{found:.2f}",
             bits(cell),
             mean_score(block, spec or BASELINE) if cell.n else score(cell),

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 import kvbench
 from kvbench.errors import UserError
 from kvbench.evaluation.calibration import SPLIT_SEED
@@ -68,13 +66,7 @@ def tune(request: TuneRequest, progress: Progress) -> Iterator[Path]:
     for entry in request.models:
         folder = request.out / entry.name
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(folder / "tune.lock", timeout=0):
-                _tune(entry, request, method, folder, progress)
-        except Timeout as error:
-            raise UserError(
-                f"{folder} is in use by another search: wait for it, or choose another --out"
-            ) from error
+        _tune(entry, request, method, folder, progress)
         yield folder
 
 

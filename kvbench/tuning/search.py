@@ -1,21 +1,25 @@
-"""Optuna's NSGA-II over the clusters' choices; every table that was run is kept at once."""
+"""Optuna's NSGA-II over the clusters' choices; every proposal is written down at once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from kvbench.errors import UserError
+from kvbench.evaluation.lines import Lines
 from kvbench.tuning.clusters import Cluster
 from kvbench.tuning.objective import Outcome
+from kvbench.tuning.proposals import PROPOSALS, SCHEMA, Proposal
 from kvbench.tuning.sensitivity import Sensitivity
 
-STUDY = "study.db"
-_PATIENCE = 50
-"""Proposals for each table to be run: most are too large or known where few are possible."""
+_PATIENCE = 1000
+"""Proposals in a row that are too large or known, after which the search ends."""
+_COUNTABLE = 5000
+"""Combinations up to which those within the budget are counted."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,15 @@ class Space:
             for layer in cluster.layers
         }
         return tuple(of_layer[layer] for layer in range(len(of_layer)))
+
+    def possible(self) -> float:
+        """Number of tables within the budget, or infinity where they are too many to count."""
+        if math.prod(len(cluster.choices) for cluster in self.clusters) > _COUNTABLE:
+            return math.inf
+        names = [str(index) for index in range(len(self.clusters))]
+        combinations = product(*(cluster.choices for cluster in self.clusters))
+        tables = (self.table(dict(zip(names, each, strict=True))) for each in combinations)
+        return sum(self.sensitivity.cost(table)[0] <= self.budget for table in tables)
 
     def starts(self) -> Iterator[dict[str, str]]:
         """Choices to begin with: one for all layers, and what the sensitivities alone advise."""
@@ -89,15 +102,16 @@ def search(
 
     Args:
         space: What may be tried.
-        folder: Where the study lies; it is continued.
+        folder: Where the proposals lie; they are continued.
         trials: Different tables to run, all together.
         seed: Of the sampler.
         objective: "kl" or "accuracy".
-        run: Measures a table; whatever it raises leaves the study as it was.
+        run: Measures a table; whatever it raises leaves the proposals before it.
         known: Told how many tables an earlier run has left.
 
     Raises:
-        UserError: Optuna is missing, or even the smallest choices don't fit the budget.
+        UserError: Optuna is missing, even the smallest choices don't fit the budget, or the folder
+            can't be used.
     """
     smallest = space.table({str(i): c.choices[-1] for i, c in enumerate(space.clusters)})
     least = space.sensitivity.cost(smallest)[0]
@@ -106,75 +120,89 @@ def search(
             f"the smallest table stores {least:.3f} bits an element, more than the budget of "
             f"{space.budget:.3f}: give a larger budget or another method"
         )
-    study = _study(folder, space, trials, seed)
-    tried = {one.table: one for one in _tried(study)}
-    known(len(tried))
-    import optuna
-
-    distributions: dict[str, Any] = {
-        str(index): optuna.distributions.CategoricalDistribution(cluster.choices)
-        for index, cluster in enumerate(space.clusters)
-    }
-    proposals = 0
-    while len(tried) < trials and proposals < _PATIENCE * trials:
-        proposals += 1
-        trial = study.ask(distributions)
-        table = space.table(trial.params)
-        bits, nbytes = space.sensitivity.cost(table)
-        trial.set_user_attr("bits", bits)
-        loss = math.inf  # too large: never run, and behind all that fit
-        if bits <= space.budget:
-            one = tried.get(table) or Tried(table, bits, nbytes, run(table))
-            tried[table] = one
-            loss = one.outcome.kl if objective == "kl" else 1 - one.outcome.accuracy
-            trial.set_user_attr("tried", _plain(one))
-        study.tell(trial, (loss, bits))
+    with Lines(folder, PROPOSALS) as lines:
+        study = _Study(space, lines.rows(), trials, seed, objective)
+        tried = {one.table: one for row in lines.rows() if (one := _tried(row)) is not None}
+        known(len(tried))
+        enough, stale = min(trials, space.possible()), 0
+        while len(tried) < enough and stale < _PATIENCE:
+            stale += 1
+            trial = study.ask()
+            table = space.table(trial.params)
+            bits, nbytes = space.sensitivity.cost(table)
+            one = tried.get(table)
+            if one is None and bits <= space.budget:
+                one = tried[table] = Tried(table, bits, nbytes, run(table))
+                stale = 0
+            lines.append(study.tell(trial, table, (bits, nbytes), one))
     return list(tried.values())
 
 
-def _study(folder: Path, space: Space, trials: int, seed: int) -> Any:
-    """The folder's study, made or continued; trials that a killed run left open are closed."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError('kvbench tune needs Optuna: run `pip install "kvbench[tune]"`') from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / STUDY).resolve()}")
-    study = optuna.create_study(
-        storage=storage,
-        study_name="tune",
-        directions=["minimize", "minimize"],
-        load_if_exists=True,
-    )
-    states = optuna.trial.TrialState
-    done = len(study.trials)
-    study.sampler = optuna.samplers.NSGAIISampler(
-        # Another seed than before: a continued search shall not propose the same again.
-        population_size=min(max(trials // 4, 8), 50),
-        seed=seed + done,
-        constraints_func=lambda trial: (trial.user_attrs["bits"] - space.budget,),
-    )
-    for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-        study.tell(trial.number, state=states.FAIL)
-    if not done:
-        for start in space.starts():
-            study.enqueue_trial(start)
-    return study
+class _Study:
+    """Optuna's study in memory, made again from what an earlier run has proposed."""
+
+    def __init__(
+        self, space: Space, before: Sequence[Proposal], trials: int, seed: int, objective: str
+    ) -> None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise UserError(
+                'kvbench tune needs Optuna: run `pip install "kvbench[tune]"`'
+            ) from error
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._budget, self._objective = space.budget, objective
+        self._distributions: dict[str, Any] = {
+            str(index): optuna.distributions.CategoricalDistribution(cluster.choices)
+            for index, cluster in enumerate(space.clusters)
+        }
+        sampler = optuna.samplers.NSGAIISampler(
+            # Another seed than before: a continued search shall not propose the same again.
+            population_size=min(max(trials // 4, 8), 50),
+            seed=seed + len(before),
+        )
+        self._study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+        for row in before:
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    params=dict(row.chosen),
+                    distributions=self._distributions,
+                    values=[self._loss(row.outcome), row.bits],
+                    system_attrs=row.sampler,
+                )
+            )
+        for start in list(space.starts())[len(before) :]:
+            self._study.enqueue_trial(start)
+
+    def ask(self) -> Any:
+        """The next trial."""
+        return self._study.ask(self._distributions)
+
+    def tell(
+        self, trial: Any, table: tuple[str, ...], cost: tuple[float, float], one: Tried | None
+    ) -> Proposal:
+        """End a trial; returns what to write down."""
+        outcome = None if one is None else one.outcome
+        trial.set_constraint("budget", cost[0] - self._budget)
+        told = self._study.tell(trial, (self._loss(outcome), cost[0]))
+        return Proposal(
+            SCHEMA,
+            told.number,
+            told.params,
+            list(table),
+            *cost,
+            None if outcome is None else outcome.kl,
+            None if outcome is None else outcome.accuracy,
+            # Which start it was is of no use later.
+            {key: value for key, value in told.system_attrs.items() if key != "fixed_params"},
+        )
+
+    def _loss(self, outcome: Outcome | None) -> float:
+        if outcome is None:
+            return math.inf  # too large: never run, and behind all that fit
+        return outcome.kl if self._objective == "kl" else 1 - outcome.accuracy
 
 
-def _plain(one: Tried) -> dict[str, Any]:
-    return {
-        "table": list(one.table),
-        "bits": one.bits,
-        "nbytes": one.nbytes,
-        "kl": one.outcome.kl,
-        "accuracy": one.outcome.accuracy,
-    }
-
-
-def _tried(study: Any) -> Iterator[Tried]:
-    for trial in study.get_trials(deepcopy=False):
-        found = trial.user_attrs.get("tried")
-        if found is not None and trial.state.is_finished() and trial.values:
-            outcome = Outcome(found["kl"], found["accuracy"])
-            yield Tried(tuple(found["table"]), found["bits"], found["nbytes"], outcome)
+def _tried(row: Proposal) -> Tried | None:
+    outcome = row.outcome
+    return None if outcome is None else Tried(tuple(row.table), row.bits, row.nbytes, outcome)
