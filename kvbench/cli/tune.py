@@ -22,18 +22,29 @@ class Objective(StrEnum):
     ACCURACY = "accuracy"
 
 
+Bits = Annotated[
+    float | None,
+    typer.Option(help="Budget in stored bits an element, metadata counted; 4.25 if not given."),
+]
+Bytes = Annotated[
+    int | None, typer.Option("--bytes", help="Budget in mean bytes of a prompt's cache.")
+]
+# Not KVBENCH_DATA: what is scored must not be tuned on unasked.
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder in MileBench's layout; without it, minimile's split that no task scores."
+    ),
+]
+
+
 def tune(
     method: Annotated[
         str, typer.Option(help="A method with choices for each layer: kvtuner[scheme=kivi].")
     ] = "kvtuner",
     models: Models = "smol_llava",
-    bits: Annotated[
-        float | None,
-        typer.Option(help="Budget in stored bits an element, metadata counted; 4.25 if not given."),
-    ] = None,
-    nbytes: Annotated[
-        int | None, typer.Option("--bytes", help="Budget in mean bytes of a prompt's cache.")
-    ] = None,
+    bits: Bits = None,
+    nbytes: Bytes = None,
     objective: Annotated[
         Objective, typer.Option(help="KL to FP16's answers, or accuracy.")
     ] = Objective.KL,
@@ -41,13 +52,7 @@ def tune(
     protocol: Annotated[
         str, typer.Option(help="quantized_prefill or exact_prefill.")
     ] = "quantized_prefill",
-    data: Annotated[
-        Path | None,
-        # Not KVBENCH_DATA: what is scored must not be tuned on unasked.
-        typer.Option(
-            help="Folder in MileBench's layout; without it, minimile's split that no task scores."
-        ),
-    ] = None,
+    data: Data = None,
     samples: Annotated[int, typer.Option(help="Prompts, drawn evenly from the tasks.")] = 12,
     trials: Annotated[int, typer.Option(help="Tables that the model is run with.")] = 40,
     clusters: Annotated[int, typer.Option(help="Groups of layers that share a choice.")] = 6,

@@ -74,7 +74,8 @@ def test_a_killed_search_goes_on_and_its_preset_is_used(
     losses = [float(line["kl_mean"]) for line in front]
     assert losses == sorted(losses, reverse=True)
     best = json.loads((folder / "preset.json").read_text())
-    assert best["kl_mean"] == min(float(line["kl_mean"]) for line in trials) == losses[-1]
+    assert losses[-1] == min(float(line["kl_mean"]) for line in trials)
+    assert best["kl_mean"] == pytest.approx(losses[-1], rel=1e-5)
     text = (folder / "front.md").read_text()
     assert "kvtuner[preset=" in text
     assert "tables on 3 prompts of" in text
@@ -107,13 +108,14 @@ def test_a_budget_in_bytes_is_the_same_budget(
     invoke: Invoke, words: list[Any], tmp_path: Path
 ) -> None:
     words = [*words, "--objective", "accuracy", "--protocol", "exact_prefill"]
-    assert invoke(*words, "--bytes", 20_000).exit_code == 0
+    result = invoke(*words, "--bytes", 60_000)
+    assert result.exit_code == 0, result.stderr
     folder = tmp_path / "tiny"
     found = json.loads((folder / "tune.json").read_text())
     for line in table(folder, "trials"):
-        assert int(line["cache_bytes"]) <= 20_000
+        assert int(line["cache_bytes"]) <= 60_000
         ratio = int(line["cache_bytes"]) / float(line["bits"])
-        assert 20_000 / ratio == pytest.approx(found["budget"], rel=1e-3)
+        assert 60_000 / ratio == pytest.approx(found["budget"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
