@@ -96,8 +96,8 @@ class KVTuner:
             key = Affine(key_bits, self.group_size, along="tokens")
             value = Affine(value_bits, min(self.group_size, spec.head_dim))
             window = Residual(self.residual)
-        sides = (Side({_TIER: codec}, window=window) for codec in (key, value))
-        return LayerQuantizer(*sides, Uniform(_TIER))
+        key_side, value_side = (Side({_TIER: codec}, window=window) for codec in (key, value))
+        return LayerQuantizer(key_side, value_side, Uniform(_TIER))
 
     def with_layers(self, choices: Sequence[str]) -> KVTuner:
         """The same with one of `layer_choices` for each layer."""

@@ -48,8 +48,8 @@ def layer_error(view: LayerView, method: BoundMethod) -> LayerError:
     )
 
 
-def layer_nbytes(view: LayerView, method: BoundMethod, *, all_queries: bool) -> int:
-    """Bytes that a layer's prompt takes as a method stores it.
+def layer_size(view: LayerView, method: BoundMethod, *, all_queries: bool) -> tuple[int, int]:
+    """Bytes that a layer's prompt takes as a method stores it, and the numbers they stand for.
 
     `all_queries`: let every query attend, for methods that look at attention; else the last does,
     which is much faster.
@@ -60,7 +60,7 @@ def layer_nbytes(view: LayerView, method: BoundMethod, *, all_queries: bool) -> 
     if not all_queries:
         query, mask = query[:, :, -1:], None
     layer.attend(nn.Identity(), query, step, mask, view.scaling, view.softcap)
-    return layer.row_nbytes(0)
+    return layer.row_nbytes(0), layer.elements[0]
 
 
 def empty_layer(view: LayerView, method: BoundMethod) -> QuantizedLayer:

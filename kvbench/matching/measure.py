@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from kvbench.analysis.capture import LayerView, watch
-from kvbench.analysis.errors import layer_nbytes
+from kvbench.analysis.errors import layer_size
 from kvbench.cache import BoundMethod, LayerQuantizer, LayerSpec, Needs, Side
 
 if TYPE_CHECKING:
@@ -65,41 +65,43 @@ def depends_on_states(needs: Needs) -> bool:
 
 
 class _Meter:
-    """Bytes of one prompt in every method."""
+    """Bytes of one prompt in every method, and the numbers that they stand for."""
 
     def __init__(self, methods: Sequence[BoundMethod], shared: bool) -> None:
         self._methods = methods
         self._by_parts = [shared or not depends_on_states(m.method.needs) for m in methods]
-        self._nbytes = [0] * len(methods)
-        self._elements = 0
-        self._known: dict[str, int] = {}
+        self._sizes = [(0, 0)] * len(methods)
+        self._known: dict[str, tuple[int, int]] = {}
         self._positions = 0
 
     def visit(self, view: LayerView) -> None:
         """Store one layer in every way."""
-        tokens = view.keys.shape[1]
-        self._elements += 2 * view.keys.numel()
-        self._positions = view.observed.rotary.row_nbytes(tokens)
+        self._positions = view.observed.rotary.row_nbytes(view.keys.shape[1])
         for place, method in enumerate(self._methods):
-            self._nbytes[place] += self._layer(view, method, self._by_parts[place])
+            nbytes, elements = self._layer(view, method, self._by_parts[place])
+            before = self._sizes[place]
+            self._sizes[place] = before[0] + nbytes, before[1] + elements
 
     def bits(self) -> list[float]:
         """Of each method, when all layers have been visited."""
         return [
-            8 * (nbytes + self._positions * any(q.key.pre_rope for q in method.quantizers))
-            / self._elements
-            for nbytes, method in zip(self._nbytes, self._methods, strict=True)
-        ]  # fmt: skip
+            8 * (nbytes + self._shared_nbytes(method)) / elements
+            for (nbytes, elements), method in zip(self._sizes, self._methods, strict=True)
+        ]
 
-    def _layer(self, view: LayerView, method: BoundMethod, by_parts: bool) -> int:
+    def _shared_nbytes(self, method: BoundMethod) -> int:
+        """Positions, which all layers share, where keys are stored before RoPE."""
+        return self._positions if any(q.key.pre_rope for q in method.quantizers) else 0
+
+    def _layer(self, view: LayerView, method: BoundMethod, by_parts: bool) -> tuple[int, int]:
         needs = method.method.needs
         looks = depends_on_states(replace(needs, residual=False))
         if not by_parts:
-            return layer_nbytes(view, method, all_queries=looks)
+            return layer_size(view, method, all_queries=looks)
         index = view.spec.index
         key = _parts(method.quantizers[index], method.specs[index])
         if key not in self._known:
-            self._known[key] = layer_nbytes(view, method, all_queries=looks)
+            self._known[key] = layer_size(view, method, all_queries=looks)
         return self._known[key]
 
 

@@ -162,7 +162,8 @@ def _measured(
     estimates = stored_bits(
         loaded.model, prompts, [r.bound for r in ready], shared=True, advance=progress.advance
     )
-    sized, depending = [], []
+    sized: list[Sized] = []
+    depending: list[Sized] = []
     for one, bits in zip(ready, estimates, strict=True):
         kind = depending if depends_on_states(one.bound.method.needs) else sized
         kind.append(Sized(one.candidate, bits))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import UserError
 from kvbench.evaluation.files import write_atomically
-from kvbench.evaluation.statistics import CONFIDENCE
+from kvbench.evaluation.statistics import CONFIDENCE, Interval
 from kvbench.report.board import SETTING_COLUMNS, Block, build
 from kvbench.report.cells import BASELINE, Cell
 from kvbench.report.figures import figure, files, legend_below, line_style
@@ -183,11 +183,8 @@ def _csv_lines(match: Match, block: Block) -> Iterator[list[str]]:
     place = [*(str(getattr(block.setting, name)) for name in SETTING_COLUMNS), f"{match.budget:g}"]
     for name, spec, found, cell in _ranked(match, block):
         against, interval, kl = cell.comparison, cell.interval, cell.kl_mean
-        shares = [cell.accuracy, interval and interval.low, interval and interval.high]
-        if against:
-            shares += [against.difference, against.interval.low, against.interval.high]
-        else:
-            shares += [None] * 3
+        shares: list[float | None] = [cell.accuracy, *_ends(interval)]
+        shares += [against.difference, *_ends(against.interval)] if against else [None] * 3
         yield [
             *place,
             name,
@@ -201,6 +198,10 @@ def _csv_lines(match: Match, block: Block) -> Iterator[list[str]]:
         ]
     for name, reason in match.absent.items():
         yield [*place, name, *[""] * (len(_CSV) - len(place) - 2), reason]
+
+
+def _ends(interval: Interval | None) -> tuple[float | None, float | None]:
+    return (interval.low, interval.high) if interval else (None, None)
 
 
 def _draw(matches: Sequence[Match], block: Block, directory: Path) -> Path:
