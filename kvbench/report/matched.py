@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MATCHED = "matched.json"
+_LEGEND = 24
+"""Characters of a method in the legend."""
 NOTES = f"""\
 Each method is set so that it stores the most bits an element that don't exceed the budget, with
 metadata, windows and exact tokens. "Measured" are its bits on the prompts that the setting was
@@ -101,7 +103,9 @@ def matched_plan(directory: Path) -> str:
     """
     parts = []
     for match in read_matched(directory):
-        lines = [[p["name"], p["method"], f"{p['bits']:.3f}"] for p in match.points]
+        lines = [
+            [p["name"].partition("[")[0], p["method"], f"{p['bits']:.3f}"] for p in match.points
+        ]
         table = markdown_table(["Method", "Setting", "Measured"], lines, 2)
         specs = ",".join(str(point["method"]) for point in match.points)
         take = [f'--methods "{specs}"'] if specs else []
@@ -230,4 +234,5 @@ def _line(axis: Axes, matches: Sequence[Match], block: Block, name: str, index: 
                 points.append((cell.bits or point["bits"], 100 * cell.accuracy))
     if points:
         x, y = zip(*sorted(points), strict=True)
-        axis.plot(x, y, label=name, **line_style(index))
+        shown = name if len(name) <= _LEGEND else f"{name[:_LEGEND]}…"
+        axis.plot(x, y, label=shown, **line_style(index))
