@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from kvbench.cache import (
     Affine,
@@ -37,6 +37,13 @@ class AKVQVL:
     label: ClassVar[str] = "AKVQ-VL"
     paper: ClassVar[str] = "arXiv 2501.15021"
     needs: ClassVar[Needs] = Needs(modality=True, residual=True)
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "bits": (2, 4, 8),
+        "text_bits": (2, 4, 8),
+        "group_size": (32, 64, 128),
+        "recent": (0, 4, 8, 16, 32, 64, 128),
+        "pivots": (0, 5, 15),
+    }
 
     recent: int = 128
     pivots: int = 15

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kvbench.cache import (
     Affine,
@@ -34,6 +34,12 @@ class KIVI:
     label: ClassVar[str] = "KIVI"
     paper: ClassVar[str] = "arXiv 2402.02750"
     needs: ClassVar[Needs] = Needs()
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "bits": (2, 4, 8),
+        "group_size": (16, 32, 64, 128),
+        "residual": (16, 32, 64, 128),
+        "prompt_residual": (True, False),
+    }
 
     bits: int = 2
     group_size: int = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,13 @@ class SKVQ:
 
     label: ClassVar[str] = "SKVQ"
     paper: ClassVar[str] = "arXiv 2405.06219"
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "bits": (2, 4, 8),
+        "group_size": (32, 64, 128),
+        "window": (0, 4, 8, 16, 32, 64, 128),
+        "sinks": (0, 5),
+        "metadata": ("fp16", "fp8"),
+    }
 
     bits: int = 2
     group_size: int = 128

@@ -27,7 +27,11 @@ ALLOWED = {
     "evaluation": {"cache", "errors", "models", "registry", "specs", "tasks"},
     "efficiency": {"cache", "errors", "evaluation", "kernels", "models", "registry", "specs"},
     "analysis": {"cache", "errors", "evaluation", "registry", "specs"},
+    "matching": {"analysis", "cache", "errors", "evaluation", "registry", "specs"},
     "perplexity": {"cache", "errors", "evaluation", "models"},
+    "tuning": {
+        *("analysis", "cache", "errors", "evaluation", "models", "registry", "specs"),
+    },
     "report": {"efficiency", "errors", "evaluation", "perplexity"},
     "doctor": {
         *("cache", "efficiency", "errors", "evaluation", "kernels", "models", "registry", "tasks"),
@@ -35,8 +39,8 @@ ALLOWED = {
     "api": {"efficiency", "errors", "evaluation", "report"},
     "skeletons": {"errors", "registry"},
     "cli": {
-        *("analysis", "api", "doctor", "efficiency", "errors", "evaluation", "perplexity"),
-        *("registry", "report", "skeletons", "specs", "tasks"),
+        *("analysis", "api", "doctor", "efficiency", "errors", "evaluation", "matching"),
+        *("perplexity", "registry", "report", "skeletons", "specs", "tasks", "tuning"),
     },
     "__main__": {"cli"},
     "__init__": set(),
@@ -45,6 +49,7 @@ ALLOWED = {
 # them; efficiency takes what any run needs, without tasks; an evaluation knows the contract of
 # tasks.
 SEES = {
+    ("tuning", "models"): {"vision"},
     ("report", "evaluation"): {"files", "rows", "statistics", "store", "typed"},
     ("report", "efficiency"): {"rows"},
     ("report", "perplexity"): {"rows"},

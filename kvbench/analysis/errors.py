@@ -23,23 +23,19 @@ class LayerError:
         value: Of the values.
         output: Of the attention output, every query on the stored prompt, the layer's input exact.
         last: (Hq, D) attention output of the prompt's last token on the stored prompt.
+        nbytes: What the layer's keys and values take in storage.
     """
 
     key: float
     value: float
     output: float
     last: Tensor
+    nbytes: int
 
 
 def layer_error(view: LayerView, method: BoundMethod) -> LayerError:
     """Store a layer's exact states as a method does, read them, and attend to them."""
-    quantizer = method.quantizers[view.spec.index]
-    observed = Observed(method.method.needs, quantizer.key.pre_rope)
-    observed.valid, observed.is_vision = view.observed.valid, view.observed.is_vision
-    observed.residual[view.spec.index] = view.residual[None]
-    observed.rotary = view.observed.rotary
-    spec = method.specs[view.spec.index]
-    layer = QuantizedLayer(quantizer, spec, "quantized_prefill", observed)
+    layer = empty_layer(view, method)
     step, _ = layer.update(view.keys[None], view.values[None])
     layer.store(view.query[None], step, view.scaling, view.softcap)
     keys, values = stored_states(layer)
@@ -50,7 +46,34 @@ def layer_error(view: LayerView, method: BoundMethod) -> LayerError:
         _distance(values, view.values),
         _distance(out, view.attend()),
         out[:, -1],
+        layer.row_nbytes(0),
     )
+
+
+def layer_size(view: LayerView, method: BoundMethod, *, all_queries: bool) -> tuple[int, int]:
+    """Bytes that a layer's prompt takes as a method stores it, and the numbers they stand for.
+
+    `all_queries`: let every query attend, for methods that look at attention; else the last does,
+    which is much faster.
+    """
+    layer = empty_layer(view, method)
+    step, _ = layer.update(view.keys[None], view.values[None])
+    query, mask = view.query[None], None if view.mask is None else view.mask[None, None]
+    if not all_queries:
+        query, mask = query[:, :, -1:], None
+    layer.attend(nn.Identity(), query, step, mask, view.scaling, view.softcap)
+    return layer.row_nbytes(0), layer.elements[0]
+
+
+def empty_layer(view: LayerView, method: BoundMethod) -> QuantizedLayer:
+    """A method's storage of a layer, which knows of the prompt what the model's own would."""
+    quantizer = method.quantizers[view.spec.index]
+    observed = Observed(method.method.needs, quantizer.key.pre_rope)
+    observed.valid, observed.is_vision = view.observed.valid, view.observed.is_vision
+    observed.residual[view.spec.index] = view.residual[None]
+    observed.rotary = view.observed.rotary
+    spec = method.specs[view.spec.index]
+    return QuantizedLayer(quantizer, spec, "quantized_prefill", observed)
 
 
 def stored_states(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from kvbench.cache.floats import Float8
 from kvbench.cache.folding import folded_values
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.hadamard import rotation
+from kvbench.cache.layerwise import LayerwiseQuantizer
 from kvbench.cache.mass import column_mass, seen_by
 from kvbench.cache.observers import observing
 from kvbench.cache.plans import (
@@ -70,6 +71,7 @@ __all__ = [
     "KVQuantizer",
     "LayerQuantizer",
     "LayerSpec",
+    "LayerwiseQuantizer",
     "LogitMap",
     "MergeHeads",
     "Needs",

@@ -34,12 +34,10 @@ def check_fields(instance: Any) -> None:
 def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if kind is bool:
-        return isinstance(value, bool)
+    if kind in (bool, str):
+        return isinstance(value, kind)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if kind is str:
-        return isinstance(value, str)
     if kind is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number and math.isfinite(value)
@@ -49,7 +47,5 @@ def _fits(value: Any, kind: Any) -> bool:
 def _expected(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))
-    return {
-        **{bool: "true or false", int: "a whole number"},
-        **{float: "a finite number", str: "text"},
-    }[kind]
+    texts = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    return texts[kind]

@@ -19,9 +19,11 @@ from kvbench.cli import (
     evaluate,
     listing,
     lm_eval,
+    match,
     new,
     perplexity,
     report,
+    tune,
 )
 from kvbench.cli.verbs import Verbs
 
@@ -42,6 +44,8 @@ app.command("lm-eval")(lm_eval.lm_eval)
 app.command("efficiency")(efficiency.efficiency)
 app.command("analyze")(analyze.analyze)
 app.command("ablate")(ablate.ablate)
+app.command("match")(match.match)
+app.command("tune")(tune.tune)
 app.command("report")(report.report)
 app.command("calibrate")(calibrate.calibrate)
 app.command("compare")(compare.compare)

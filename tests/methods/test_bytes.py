@@ -7,6 +7,7 @@ keys are stored before RoPE, four bytes a token for its place in the sequence.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from kvbench import quantized_cache
 from kvbench.cache import Calibration, LayerSpec
-from kvbench.registry import METHODS
+from kvbench.registry import METHODS, configured
 
 H, D, PROMPT, TOTAL = 2, 16, 37, 70
 EXACT = 2 * D  # bytes of a bfloat16 vector
@@ -133,6 +134,11 @@ def kvcrush(length: int, salient: bool) -> int:
     return 2 * H * (length - PROMPT + PROMPT // 2) * EXACT
 
 
+def kvtuner(length: int, salient: bool) -> int:
+    """K8V4, a group a head: four bytes of metadata and D (keys) or D / 2 (values) of codes."""
+    return H * length * (D + 4 + D // 2 + 4)
+
+
 FORMULAS: dict[str, Callable[[int, bool], int]] = {
     "fp16": lambda length, salient: 2 * H * length * EXACT,
     "rtn_int4": rtn(4),
@@ -140,6 +146,7 @@ FORMULAS: dict[str, Callable[[int, bool], int]] = {
     "rtn_int2_wht": rtn(2),
     "smoothquant": rtn(2),
     "kivi": kivi,
+    "kvtuner": kvtuner,
     "skvq": skvq,
     "akvq_vl": akvq,
     "rtn_int2_wht_tsa": without_pivots,
@@ -202,6 +209,22 @@ def equal_clusters(calibration: Calibration) -> Calibration:
     ends = {f"{side}_min": -kinds for side in ("key", "value")}
     ends |= {f"{side}_max": kinds for side in ("key", "value")}
     return Calibration({**calibration.statistics, **ends})
+
+
+def test_every_layer_of_a_table_has_its_own_bytes(driver, random_states) -> None:
+    """K 2 and V 8, then K 8 and V 2; groups of 8, the newest `length mod 16` tokens exact."""
+    method = configured(METHODS.get("kvtuner"), {"pairs": "K28V82", "scheme": "kivi"})
+    method = dataclasses.replace(method, group_size=8, residual=16)  # type: ignore[type-var]
+    for index, (key_bits, value_bits) in enumerate([(2, 8), (8, 2)]):
+        drive = driver(method, LayerSpec(index, 2, 4, H, D), "quantized_prefill")
+        states = [x.bfloat16() for x in random_states(TOTAL)]
+        for start, end in zip([0, *range(PROMPT, TOTAL)], range(PROMPT, TOTAL + 1), strict=False):
+            drive.step(*(x[:, :, start:end] for x in states))
+            before = end if start == 0 else end - 1  # the window settles after a step
+            old = before - before % 16 if end % 16 else end
+            keys = H * (old * D * key_bits // 8 + old // GROUP * D * 4 + (end - old) * EXACT)
+            values = H * (old * packed(value_bits) + (end - old) * EXACT)
+            assert drive.layer.nbytes == keys + values + 2 * (end - old)
 
 
 @pytest.mark.parametrize("name", ["fp16", "rtn_int4", "kivi", "skvq[reorder=false]"])

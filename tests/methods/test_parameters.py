@@ -27,6 +27,7 @@ OTHER: dict[str, str] = {
     "clip": "0.75",
     "text_clip": "0.9",
     "base": "rtn_int4",
+    "pairs": "K4V2",
 }
 
 
@@ -37,6 +38,7 @@ def fields() -> list[tuple[str, str, Any]]:
         hints = typing.get_type_hints(type(method))
         found += [(name, f.name, hints[f.name]) for f in dataclasses.fields(method)]  # type: ignore[arg-type]
     found.remove(("rtn_int2_wht", "group_over_heads", bool))  # excludes its rotation
+    found.remove(("kvtuner", "preset", str))  # a file, whose content takes its place
     return found
 
 
@@ -81,7 +83,7 @@ def test_text_of_another_kind_is_refused(name: str, field: str, kind: Any) -> No
 
 @pytest.mark.parametrize(("name", "field", "kind"), fields())
 def test_python_values_of_another_kind_are_refused(name: str, field: str, kind: Any) -> None:
-    wrong: list[Any] = ["2", None, float("nan"), [1]]
+    wrong: list[Any] = [2.5 if kind is str else "2", None, float("nan"), [1]]
     if kind is int:
         wrong += [2.5, True]
     for value in wrong:
@@ -119,6 +121,15 @@ OUT_OF_RANGE = [
     "skvq[reorder=false,clip=0]",
     "skvq[reorder=false,seed=-1]",
     "skvq[reorder=false,group_size=0]",
+    "kvtuner[pairs=K3V4]",
+    "kvtuner[pairs=K88V4]",
+    "kvtuner[pairs=K884V422]",  # the model has two layers
+    "kvtuner[pairs=8]",
+    "kvtuner[residual=0]",
+    "kvtuner[residual=48]",
+    "kvtuner[group_size=0]",
+    "kvtuner[preset=no/such/file]",
+    "kvtuner[pairs=K2V2,preset=no/such/file]",
     "smoothquant[alpha=-0.1]",
     "smoothquant[alpha=1.1]",
     "smoothquant[bits=5]",
@@ -196,6 +207,8 @@ def test_values_out_of_range_are_refused_when_the_cache_is_made(
         "skvq[window=12,metadata=fp8]",
         "skvq[pre_rope=false,window=0,sinks=0]",
         "skvq[window=12,group_size=5,bits=4]",
+        "kvtuner[pairs=K82V48]",
+        "kvtuner[pairs=K24V22,scheme=kivi,group_size=8,residual=8]",
         "smoothquant[alpha=0.0]",
         "smoothquant[alpha=1.0,zero=float]",
         "rtn_int4[bits=1]",

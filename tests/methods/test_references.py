@@ -70,13 +70,13 @@ def by_token(x: Array, size: int, bits: int, **how: Any) -> Array:
     return out
 
 
-def by_channel(x: Array, size: int, bits: int) -> Array:
+def by_channel(x: Array, size: int, bits: int, *, integer: bool = False) -> Array:
     """(H, n, D) in groups of `size` tokens of a channel; n is a multiple of `size`."""
     out = np.empty_like(x)
     for head, channel in np.ndindex(x.shape[0], x.shape[2]):
         for start in range(0, x.shape[1], size):
             cut = slice(start, start + size)
-            out[head, cut, channel] = grid(x[head, cut, channel], bits, integer=False)
+            out[head, cut, channel] = grid(x[head, cut, channel], bits, integer=integer)
     return out
 
 
@@ -123,6 +123,22 @@ def _kivi(step: Step, packed_keys: int, packed_values: int) -> tuple[Array, Arra
     keys, values = step.keys.copy(), step.values.copy()
     keys[:, :packed_keys] = by_channel(keys[:, :packed_keys], 8, 2)
     values[:, :packed_values] = by_token(values[:, :packed_values], 8, 2, integer=False)
+    return keys, values
+
+
+def kvtuner(step: Step) -> tuple[Array, Array]:
+    """One group a token and head: 8 bits for keys, 2 for values."""
+    sides = ((step.keys, 8), (step.values, 2))
+    return tuple(by_token(x, WIDTH, bits, integer=True) for x, bits in sides)  # type: ignore[return-value]
+
+
+def kvtuner_kivi(step: Step) -> tuple[Array, Array]:
+    """4-bit keys by channel, 2-bit values by token; `length mod 16` tokens exact on both sides."""
+    before = step.length - 1 if step.decoding else step.length
+    packed = before - before % 16
+    keys, values = step.keys.copy(), step.values.copy()
+    keys[:, :packed] = by_channel(keys[:, :packed], 8, 4, integer=True)
+    values[:, :packed] = by_token(values[:, :packed], 8, 2, integer=True)
     return keys, values
 
 
@@ -425,6 +441,12 @@ REFERENCES: dict[str, tuple[str, bool, Callable[[Step], tuple[Array, Array]]]] =
         "kivi[group_size=8,residual=16,prompt_residual=false]",
         False,
         kivi_without_prompt_residual,
+    ),
+    "kvtuner": ("kvtuner[pairs=K8V2]", False, kvtuner),
+    "kvtuner_kivi": (
+        "kvtuner[pairs=K4V2,scheme=kivi,group_size=8,residual=16]",
+        False,
+        kvtuner_kivi,
     ),
     "skvq": ("skvq[group_size=11,window=8,sinks=2]", False, skvq),
     "fp8": ("fp8", False, fp8),

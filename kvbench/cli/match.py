@@ -1,0 +1,95 @@
+"""``kvbench match``: every method at the same stored bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbench.cli.options import (
+    Batch,
+    DataRoot,
+    Device,
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    Methods,
+    Models,
+    Seed,
+    Statistics,
+    Workers,
+)
+from kvbench.cli.progress import Terminal
+
+if TYPE_CHECKING:
+    from kvbench.matching.request import MatchRequest
+
+
+def match(
+    bits: Annotated[
+        str, typer.Option(help="Stored bits an element, metadata and exact tokens counted.")
+    ] = "2.25,2.75,4.25",
+    methods: Methods = "all",
+    models: Models = "smol_llava",
+    tasks: Annotated[str, typer.Option(help="all (MileBench's twelve), or names.")] = "all",
+    protocol: Annotated[
+        str, typer.Option(help="quantized_prefill, exact_prefill or both.")
+    ] = "quantized_prefill",
+    samples: Annotated[
+        int, typer.Option(help="Prompts of these tasks to measure storage with.")
+    ] = 12,
+    plan: Annotated[bool, typer.Option("--plan", help="Only find the settings.")] = False,
+    limit: Limit = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder of rows; settings that it holds already cost nothing.")
+    ] = Path("results/runs/matched"),
+    data_root: DataRoot = None,
+    batch: Batch = 1,
+    max_new_tokens: MaxNewTokens = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    workers: Workers = 1,
+    calibration: Statistics = None,
+) -> None:
+    """Set every method to the same stored bits and answer the tasks: what is best at a size."""
+    from kvbench.evaluation import choices
+    from kvbench.evaluation.request import EvalRequest
+    from kvbench.matching.request import MatchRequest, read_budgets
+
+    evaluation = EvalRequest(
+        methods=choices.choose_methods(methods),
+        models=choices.choose_models(models),
+        tasks=choices.choose_tasks(tasks),
+        protocols=choices.choose_protocols(protocol),
+        out=out,
+        data_root=data_root,
+        limit=limit,
+        seed=seed,
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        workers=workers,
+        calibration=calibration,
+    )
+    _run(MatchRequest(evaluation, read_budgets(bits), samples), plan)
+
+
+def _run(request: MatchRequest, plan: bool) -> None:
+    from kvbench.matching.run import compare
+    from kvbench.matching.run import match as find
+    from kvbench.report.matched import matched_plan, matched_summary, write_matched
+
+    out = request.evaluation.out
+    with Terminal() as progress:
+        found = find(request, progress)
+        typer.echo(matched_plan(out))
+        if plan:
+            return
+        compare(request, found, progress)
+    paths = write_matched(out)
+    typer.echo(matched_summary(out))
+    for path in paths:
+        typer.echo(str(path))

@@ -1,0 +1,1 @@
+"""Methods at the same size: settings found by measuring what they store."""

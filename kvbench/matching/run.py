@@ -1,0 +1,202 @@
+"""Settings of every method for every budget, and their evaluation side by side."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import kvbench
+from kvbench.errors import UserError
+from kvbench.evaluation.files import write_atomically
+from kvbench.evaluation.hardware import check_available, load
+from kvbench.evaluation.progress import Progress
+from kvbench.evaluation.run import evaluate
+from kvbench.evaluation.samples import ask, encoded, read_cell
+from kvbench.evaluation.session import calibration
+from kvbench.matching.choose import Absent, Sized, nearest, within_reach
+from kvbench.matching.knobs import Candidate, candidates
+from kvbench.matching.measure import TaskPrompt, depends_on_states, stored_bits
+from kvbench.matching.request import MatchRequest
+
+if TYPE_CHECKING:
+    from kvbench.cache import BoundMethod, Calibration
+    from kvbench.evaluation.choices import MethodChoice
+    from kvbench.evaluation.request import EvalRequest
+    from kvbench.models.load import LoadedModel
+    from kvbench.models.zoo import ModelEntry
+
+MATCHED = "matched.json"
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One model's settings for one budget."""
+
+    model: str
+    budget: float
+    found: tuple[Sized, ...]
+    absent: tuple[Absent, ...]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A setting made ready for a model."""
+
+    candidate: Candidate
+    bound: BoundMethod
+
+
+def match(request: MatchRequest, progress: Progress) -> list[Matched]:
+    """Find settings for all models and budgets, and write them to ``matched.json``.
+
+    Raises:
+        UserError: data, a model or the output folder can't be used.
+    """
+    evaluation = request.evaluation
+    for entry in evaluation.models:
+        check_available(entry)
+    evaluation.out.mkdir(parents=True, exist_ok=True)
+    found = [one for entry in evaluation.models for one in _match(entry, request, progress)]
+    document = {
+        "command": shlex.join(["kvbench", *sys.argv[1:]]),
+        "version": kvbench.__version__,
+        "matches": [_plain(one) for one in found],
+    }
+    write_atomically(evaluation.out / MATCHED, json.dumps(document, indent=2) + "\n")
+    return found
+
+
+def compare(request: MatchRequest, matched: Sequence[Matched], progress: Progress) -> None:
+    """Evaluate the settings of each model beside the 16-bit cache.
+
+    Raises:
+        UserError: no method has any of the sizes, or as `evaluate`.
+    """
+    from kvbench.evaluation.choices import choose_methods
+
+    if not any(one.found for one in matched):
+        raise UserError("no method has a setting of these sizes: give other --bits or methods")
+    for entry in request.evaluation.models:
+        chosen = {choice.spec: choice for choice in choose_methods("fp16")}
+        for one in matched:
+            if one.model == entry.name:
+                chosen |= {s.candidate.choice.spec: s.candidate.choice for s in one.found}
+        methods = tuple(chosen.values())
+        evaluate(replace(request.evaluation, models=(entry,), methods=methods), progress)
+
+
+def _match(entry: ModelEntry, request: MatchRequest, progress: Progress) -> Iterator[Matched]:
+    evaluation = request.evaluation
+    loaded = load(entry, evaluation.device, evaluation.dtype)
+    statistics = calibration(loaded, evaluation, progress)
+    ready, refused = _ready(loaded, evaluation.methods, statistics)
+    prompts = list(_prompts(loaded, evaluation, request.samples))
+    progress.note(f"{entry.name}: {len(ready)} settings on {len(prompts)} prompts")
+    sized = _measured(loaded, ready, prompts, request.budgets, progress)
+    for budget in request.budgets:
+        verdicts = [
+            refused.get(choice.spec)
+            or nearest(choice.spec, [s for s in sized if s.candidate.name == choice.spec], budget)
+            for choice in evaluation.methods
+        ]
+        yield _distinct(entry.name, budget, verdicts)
+
+
+def _distinct(model: str, budget: float, verdicts: Sequence[Sized | Absent]) -> Matched:
+    """Two names may end up as one method: the one that had to change less is kept."""
+    found: list[Sized] = []
+    absent = [verdict for verdict in verdicts if isinstance(verdict, Absent)]
+    sized = [verdict for verdict in verdicts if isinstance(verdict, Sized)]
+    for one in sorted(sized, key=lambda one: one.candidate.changes):
+        method = one.candidate.choice.quantizer
+        twin = next((s for s in found if s.candidate.choice.quantizer == method), None)
+        if twin is None:
+            found.append(one)
+        else:
+            spec = twin.candidate.choice.spec
+            absent.append(Absent(one.candidate.name, f"is the same as {spec}"))
+    found.sort(key=sized.index)
+    return Matched(model, budget, tuple(found), tuple(absent))
+
+
+def _ready(
+    loaded: LoadedModel, methods: Sequence[MethodChoice], statistics: Calibration | None
+) -> tuple[list[_Ready], dict[str, Absent]]:
+    """All settings that can store the model's layers; methods that can't be measured."""
+    from kvbench.cache import ForeignCache, bind
+
+    ready, refused = [], {}
+    for choice in methods:
+        if isinstance(choice.quantizer, ForeignCache):
+            refused[choice.spec] = Absent(choice.spec, "brings a cache of its own")
+            continue
+        for candidate in candidates(choice):
+            try:
+                bound = bind(
+                    loaded.model,
+                    candidate.choice.quantizer,  # type: ignore[arg-type]
+                    calibration=statistics,
+                    text_salient_layers=loaded.entry.tsa_layers,
+                )
+            except UserError:
+                continue  # such groups don't fit the model's heads
+            ready.append(_Ready(candidate, bound))
+    return ready, refused
+
+
+def _measured(
+    loaded: LoadedModel,
+    ready: Sequence[_Ready],
+    prompts: Sequence[TaskPrompt],
+    budgets: Sequence[float],
+    progress: Progress,
+) -> list[Sized]:
+    """Every setting's bits; those that depend on states exactly where a budget is near."""
+    progress.begin(2 * len(prompts), 0)
+    if not ready:
+        return []
+    estimates = stored_bits(
+        loaded.model, prompts, [r.bound for r in ready], shared=True, advance=progress.advance
+    )
+    sized: list[Sized] = []
+    depending: list[Sized] = []
+    for one, bits in zip(ready, estimates, strict=True):
+        kind = depending if depends_on_states(one.bound.method.needs) else sized
+        kind.append(Sized(one.candidate, bits))
+    names = dict.fromkeys(one.candidate.name for one in depending)
+    near = [
+        one
+        for name in names
+        for one in within_reach([d for d in depending if d.candidate.name == name], budgets)
+    ]
+    if near:
+        bounds = {id(one.candidate): one.bound for one in ready}
+        methods = [bounds[id(one.candidate)] for one in near]
+        exact = stored_bits(loaded.model, prompts, methods, advance=progress.advance)
+        sized += [Sized(one.candidate, bits) for one, bits in zip(near, exact, strict=True)]
+    return sized
+
+
+def _prompts(loaded: LoadedModel, request: EvalRequest, samples: int) -> Iterator[TaskPrompt]:
+    """Prompts of the evaluation, the same number of each task."""
+    share = -(-samples // len(request.tasks))
+    for name in request.tasks:
+        cell = read_cell(name, request.data_root, request.limit, request.seed)
+        step = max(len(cell.samples) / share, 1)
+        places = dict.fromkeys(int(i * step) for i in range(min(share, len(cell.samples))))
+        for place in places:
+            question = ask(loaded, cell.task, cell.samples[place])
+            yield TaskPrompt(name, encoded(loaded, [question]))
+
+
+def _plain(one: Matched) -> dict[str, Any]:
+    points = [
+        {"name": s.candidate.name, "method": s.candidate.choice.spec, "bits": s.bits}
+        for s in one.found
+    ]
+    absent = {each.name: each.reason for each in one.absent}
+    return {"model": one.model, "budget": one.budget, "points": points, "absent": absent}
