@@ -42,10 +42,19 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None
 
 
 def _method(method: Any) -> tuple[str, ...]:
+    from kvbench.cache import ForeignCache
+    from kvbench.efficiency.capacity import nominal_bits
+
+    foreign = isinstance(method, ForeignCache)
+    storage = "its own" if foreign else getattr(method, "storage", "packed")
     parameters = ", ".join(
         f"{field.name}={getattr(method, field.name)}" for field in dataclasses.fields(method)
     )
-    return (method.label, method.paper, parameters)
+    try:
+        bits = "-" if foreign else nominal_bits(method)
+    except UserError:  # it stores other layers only
+        bits = "-"
+    return (method.label, method.paper, bits, storage, parameters)
 
 
 def _model(model: Any) -> tuple[str, ...]:
@@ -57,7 +66,7 @@ def _task(task: Any) -> tuple[str, ...]:
 
 
 _COLUMNS: dict[Kind, tuple[tuple[str, ...], Callable[[Any], tuple[str, ...]]]] = {
-    Kind.METHODS: (("label", "paper", "parameters"), _method),
+    Kind.METHODS: (("label", "paper", "bits", "storage", "parameters"), _method),
     Kind.MODELS: (("label", "family", "from"), _model),
     Kind.TASKS: (("label", "title", "folder", "suite"), _task),
 }

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvbench.cache.contract import Calibration, KVQuantizer, LayerQuantizer, LayerSpec, Protocols
+from kvbench.cache.contract import (
+    Calibration,
+    KVQuantizer,
+    LayerQuantizer,
+    LayerSpec,
+    Protocols,
+    Side,
+)
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.quantized import BoundMethod, resolve
 from kvbench.cache.specs import layer_specs
@@ -155,6 +162,25 @@ def capacity(
     specs = layer_specs(model.config, text_salient_layers)
     bound = BoundMethod(model, _quantizers(resolved, specs), tuple(specs), resolved, _PROTOCOL)
     return Capacity(shape, _packed(shape, bound), together=not _is_static(bound))
+
+
+def nominal_bits(method: KVQuantizer) -> str:
+    """Bits of a stored key and value with their metadata, "2.25" or "K 8.25 V 4.25".
+
+    As in a layer in the middle of a model with heads of 128 channels; several where a plan chooses.
+    Exact tokens, which depend on the length, are not counted.
+    """
+    specs = [LayerSpec(index, 32, 32, 32, 128) for index in range(32)]
+    quantizer = _quantizers(method, specs)[16]
+    key, value = (
+        ", ".join(f"{bits:.4g}" for bits in sorted(_codec_bits(side)) or [16])
+        for side in (quantizer.key, quantizer.value)
+    )
+    return key if key == value else f"K {key} V {value}"
+
+
+def _codec_bits(side: Side) -> set[float]:
+    return {codec.bits_per_element(128) for codec in side.codecs.values()}
 
 
 def prompt_nbytes(shape: ModelShape, workload: Workload) -> float:

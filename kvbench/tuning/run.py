@@ -20,6 +20,7 @@ from kvbench.evaluation.files import write_atomically
 from kvbench.evaluation.hardware import check_available, load
 from kvbench.evaluation.progress import Progress
 from kvbench.evaluation.samples import Question, ask, encoded, read_cell
+from kvbench.registry import METHODS, TASKS
 from kvbench.specs import canonical_spec, parse_spec
 from kvbench.tuning.clusters import Cluster, cluster, pareto, worth_trying
 from kvbench.tuning.objective import Judge, Outcome
@@ -126,9 +127,7 @@ def _search(
         for _ in range(min(count, request.trials)):
             progress.advance()
 
-    tried = search(
-        space, work.folder, request.trials, request.seed, request.objective, run, known
-    )
+    tried = search(space, work.folder, request.trials, request.seed, request.objective, run, known)
     return tried, judge.reference
 
 
@@ -260,8 +259,6 @@ def _write_trials(work: _Work, tried: Sequence[Tried], summary: dict[str, Any]) 
 
 
 def _spec(work: _Work, one: Tried, name: str) -> str:
-    from kvbench.registry import METHODS
-
     return canonical_spec(name, METHODS.get(name), work.method.with_layers(one.table))
 
 
