@@ -27,9 +27,9 @@ name = "shop"
 version = "1.0"
 
 [project.entry-points."kvbench.methods"]
-int3 = "shop:INT3"
+shop4 = "shop:SHOP4"
 raises = "shop_broken:METHOD"
-class_not_instance = "shop:Int3"
+class_not_instance = "shop:Shop4"
 
 [project.entry-points."kvbench.models"]
 shop_llava = "shop:MODEL"
@@ -57,16 +57,16 @@ from kvbench.tasks.milebench import MileBenchTask
 
 
 @dataclass(frozen=True)
-class Int3:
-    label: ClassVar[str] = "Shop INT3"
+class Shop4:
+    label: ClassVar[str] = "Shop INT4"
     paper: ClassVar[str] = "-"
     needs: ClassVar[Needs] = Needs()
 
     group_size: int = 16
 
     def layer(self, spec, calibration):
-        side = Side({3: Affine(3, min(self.group_size, spec.head_dim))})
-        return LayerQuantizer(side, side, Uniform(3))
+        side = Side({4: Affine(4, min(self.group_size, spec.head_dim))})
+        return LayerQuantizer(side, side, Uniform(4))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def load(device, dtype):
     raise RuntimeError("the weights are on holiday")
 
 
-INT3 = Int3()
+SHOP4 = Shop4()
 MODEL = ModelEntry(
     "shop_llava", "Shop LLaVA", "llava", folder=Path(os.environ.get("SHOP_MODEL", "/no/such")),
     tokens_per_image=16, dtype="float32",
@@ -167,7 +167,7 @@ def rows(path: Path) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
-        ("methods", ["Shop INT3", "group_size=16"]),
+        ("methods", ["Shop INT4", "group_size=16"]),
         ("models", ["Shop LLaVA", "shop:load"]),
         ("tasks", ["COUNT", "shop"]),
     ],
@@ -178,7 +178,7 @@ def test_list_shows_them_and_what_is_broken(run: Run, kind: str, parts: list[str
     broken = {
         "methods": [
             "plug-in shop_broken:METHOD, which can't be imported (RuntimeError: half installed)",
-            "shop:Int3 is a class: a method must be an instance, Int3(...)",
+            "shop:Shop4 is a class: a method must be an instance, Shop4(...)",
         ],
         "models": [],
         "tasks": ["registered as 'misnamed' and calls itself 'counting'"],
@@ -190,36 +190,36 @@ def test_list_shows_them_and_what_is_broken(run: Run, kind: str, parts: list[str
 
 @pytest.mark.slow
 def test_eval_runs_them(run: Run, tmp_path: Path) -> None:
-    grid = "--methods fp16,int3[group_size=8] --models shop_llava --tasks counting"
+    grid = "--methods fp16,shop4[group_size=8] --models shop_llava --tasks counting"
     done = run("eval", *grid.split(), "--device", "cpu", "--max-new-tokens", 3, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path / "samples.jsonl")
     assert {(row["model"], row["task"], row["method"], row["status"]) for row in found} == {
-        ("shop_llava", "counting", method, "ok") for method in ("fp16", "int3[group_size=8]")
+        ("shop_llava", "counting", method, "ok") for method in ("fp16", "shop4[group_size=8]")
     }
     assert len(found) == 4
-    int3 = [row for row in found if row["method"] != "fp16"]
-    # 3-bit codes with a 16- or 32-bit scale and a zero point for every 8 numbers.
-    assert all(3 < row["bits_per_element"] < 16 for row in int3)  # type: ignore[operator]
-    assert all(row["packed_tokens_read"] for row in int3)
+    shop4 = [row for row in found if row["method"] != "fp16"]
+    # 4-bit codes with a 16- or 32-bit scale and a zero point for every 8 numbers.
+    assert all(4 < row["bits_per_element"] < 16 for row in shop4)  # type: ignore[operator]
+    assert all(row["packed_tokens_read"] for row in shop4)
     assert "Shop" not in (tmp_path / "table2.md").read_text()  # tables name methods as typed
-    assert "int3" in (tmp_path / "table2.md").read_text()
+    assert "shop4" in (tmp_path / "table2.md").read_text()
 
 
 @pytest.mark.slow
 def test_efficiency_models_them(run: Run, tmp_path: Path) -> None:
-    words = "--methods fp16,int3 --models shop_llava --input-tokens 40 --output-tokens 4"
+    words = "--methods fp16,shop4 --models shop_llava --input-tokens 40 --output-tokens 4"
     done = run("efficiency", *words.split(), "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found = {str(row["method"]): row for row in rows(tmp_path / "efficiency.jsonl")}
-    assert found["int3"]["label"] == "Shop INT3"
-    assert found["int3"]["memory"] == "modelled"
-    assert found["int3"]["code"] != found["fp16"]["code"]  # its own source counts
+    assert found["shop4"]["label"] == "Shop INT4"
+    assert found["shop4"]["memory"] == "modelled"
+    assert found["shop4"]["code"] != found["fp16"]["code"]  # its own source counts
     plan = run("efficiency", *words.split(), "--plan")
     assert plan.returncode == 0, plan.stderr
     assert [line.split()[:2] for line in plan.stdout.splitlines()[2:4]] == [
         ["shop_llava", "fp16"],
-        ["shop_llava", "int3"],
+        ["shop_llava", "shop4"],
     ]
 
 
@@ -228,8 +228,8 @@ def test_efficiency_models_them(run: Run, tmp_path: Path) -> None:
     ("words", "part"),
     [
         ("--methods raises", "method 'raises' comes from the plug-in shop_broken:METHOD"),
-        ("--methods class_not_instance", "shop:Int3 is a class: a method must be an instance"),
-        ("--methods int3[group=8]", "unknown parameter 'group' of Int3: did you mean group_size?"),
+        ("--methods class_not_instance", "shop:Shop4 is a class: a method must be an instance"),
+        ("--methods shop4[group=8]", "unknown parameter 'group' of Shop4: did you mean group_size?"),
         ("--methods fp16 --tasks misnamed", "give the task one name"),
         ("--methods fp16 --models shop_loader", "the loader shop:load of model 'shop_loader'"),
     ],

@@ -239,8 +239,8 @@ def code_fingerprint(plugin: str = "kvbench") -> str:
     """
     digest = hashlib.sha256()
     if plugin.partition(".")[0] != "kvbench":
-        file = sys.modules[plugin].__file__
-        digest.update(Path(file).read_bytes() if file else b"")
+        source = sys.modules[plugin].__file__
+        digest.update(Path(source).read_bytes() if source else b"")
     for part in _MEASURED:
         spec = importlib.util.find_spec(f"kvbench.{part}")
         for folder in sorted(spec.submodule_search_locations or () if spec else ()):

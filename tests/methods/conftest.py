@@ -33,9 +33,14 @@ SMALL = dict(
 """Windows and groups that a prompt of some fifty tokens fills several times."""
 
 
+TWINS = {"turboquant_4bit_nc", "turboquant_3bit_nc"}
+"""Presets that differ from another one in numbers alone."""
+
+
 def quantizer_names() -> list[str]:
-    """Registered methods that kvbench stores itself."""
-    return [name for name in METHODS.names() if isinstance(METHODS.get(name), KVQuantizer)]
+    """Registered methods that kvbench stores itself, without twins."""
+    names = (name for name in METHODS.names() if name not in TWINS)
+    return [name for name in names if isinstance(METHODS.get(name), KVQuantizer)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
