@@ -69,8 +69,11 @@ class QuantizedLayer(StoredLayer):
             out[:, :, -1:] = self._attend_stored(query[:, :, -1:], scaling, softcap)
         else:
             out = self._attend_stored(query, scaling, softcap, attention_mask)
-        if not step.settled:
-            self._settle(self._attention(query, step, scaling, softcap))
+        if self._ranks or self._defers:
+            if not step.settled:
+                self._settle(self._attention(query, step, scaling, softcap))
+        else:
+            self._shrink()
         if not self._keeps_slots:
             self.key_store.forget_slots()
         return out
@@ -94,7 +97,9 @@ class QuantizedLayer(StoredLayer):
         if out is None:
             out = self._attend_read(query, scaling, softcap, mask)
         self._count_reads()
-        return self.value_store.transform.attend(out.reshape(*shape[:3], -1))
+        if self._heads > 1:
+            out = out.reshape(*shape[:3], -1)
+        return self.value_store.transform.attend(out)
 
     def _count_reads(self) -> None:
         packed, held = self.key_store.packed_lengths, self.key_store.lengths

@@ -170,18 +170,20 @@ class StoredLayer(CacheLayerMixin):
         """Ask the plan, take what it keeps into the stores, and let them settle after a prompt."""
         first, new = not self._seen, step.keys.shape[2]
         self._seen += new
-        for row, count in enumerate(tokens.valid.sum(1).tolist()):
-            self.tokens[row] += count
+        seen = tokens.valid.sum(1).tolist()
+        self.tokens = list(map(sum, zip(self.tokens, seen, strict=True)))
         tiers = self._planned(tokens, first)
         if self.protocol == "sparse_prefill":
             unimportant = torch.tensor(self.quantizer.sparse_tiers, dtype=tiers.dtype)
             step.sparse = ~torch.isin(tiers, unimportant)
             step.sparse[:, -1] = True
             step.sparse &= tokens.valid
-        kept = tokens.valid.repeat_interleave(self._heads, 0)
+        kept = tokens.valid
+        if self._heads > 1:
+            kept = kept.repeat_interleave(self._heads, 0)
         if self.quantizer.evicts:
             kept = kept & (tiers != EVICTED)
-        counts: Lengths = tuple(kept.sum(1).tolist())
+        counts: Lengths = tuple(seen if kept is tokens.valid else kept.sum(1).tolist())
         tiers_of = left_aligned(tiers[:, None], kept, counts)
         kept = kept.to(step.keys.device, non_blocking=True)
         slots = self._new_slots(kept, counts) if self._track(new) else None
@@ -199,18 +201,18 @@ class StoredLayer(CacheLayerMixin):
             self._settle(cast(SelfAttention, tokens.attention), first)
             step.settled = True
         elif not self._ranks and not self._defers:
-            self._settle_before_attention()
+            self._shrink(before_attention=True)
 
     def _planned(self, tokens: Tokens, first: bool) -> Tensor:
         """(R, n) int8 tiers on the host."""
         plan = self.quantizer.plan
         tiers = (plan.prompt(tokens) if first else plan.generated(tokens)).cpu()
         rows, new = tokens.valid.shape
-        if tiers.dim() == 2:
-            tiers = tiers[:, None]
-        elif not self.quantizer.heads_apart:
+        if tiers.dim() > 2 and not self.quantizer.heads_apart:
             raise UserError("a plan with tiers for each head needs LayerQuantizer.heads_apart.")
-        tiers = tiers.expand(rows, self._heads, new).reshape(-1, new)
+        if self._heads > 1:
+            tiers = tiers if tiers.dim() > 2 else tiers[:, None]
+            tiers = tiers.expand(rows, self._heads, new).reshape(-1, new)
         if self._chronological and tiers[tiers != EVICTED].unique().numel() > 1:
             raise UserError("keys and values of mixed precision must share their window.")
         return tiers
@@ -228,10 +230,11 @@ class StoredLayer(CacheLayerMixin):
         """(B, H, ...) as the rows of the stores: (B · H, 1, ...) where heads are apart."""
         return x.flatten(0, 1).unsqueeze(1) if self._heads > 1 else x
 
-    def _settle_before_attention(self) -> None:
-        """Windows that count the newest token shrink before it attends."""
+    def _shrink(self, before_attention: bool = False) -> None:
+        """Let windows go of what is too old: before a token attends, those that count it."""
         for store in (self.key_store, self.value_store):
-            if store.side.window is None or store.side.window.counts_current:
+            window = store.side.window
+            if not before_attention or window is None or window.counts_current:
                 store.flush()
 
     def _settle(self, attention: SelfAttention, first: bool = False) -> None:
@@ -251,8 +254,7 @@ class StoredLayer(CacheLayerMixin):
             tiers = plan.settle(mass, leave).to("cpu", torch.int8)
             for store in stores:
                 store.settle(tiers)
-        for store in stores:
-            store.flush()
+        self._shrink()
 
     def _track(self, new: int) -> bool:
         """Slots order a prompt's own tokens; sliding windows and RoPE on read need them always."""
@@ -282,6 +284,8 @@ class StoredLayer(CacheLayerMixin):
     def _queries(self, query: Tensor) -> Tensor:
         """(B, Hq, n, D) in the basis of the keys, for the rows of the stores: (R, Hq', n, D)."""
         turned = self.key_store.transform.attend(query)
+        if self._heads == 1:
+            return turned
         return turned.unflatten(1, (self._heads, -1)).flatten(0, 1)
 
     def _recent_mass(self, attention: SelfAttention) -> Tensor:
