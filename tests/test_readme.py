@@ -43,7 +43,12 @@ def test_commands_are_found() -> None:
         "efficiency",
         "eval",
         "list",
+        "lm-eval",
+        "match",
+        "new",
+        "perplexity",
         "report",
+        "tune",
     }
 
 
