@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,11 @@ class KVCrush:
 
     label: ClassVar[str] = "KVCrush"
     paper: ClassVar[str] = "arXiv 2503.00022"
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "keep": (0.1, 0.12, 0.14, 0.16, 0.17, 0.2, 0.25, 0.26, 0.3, 0.5),
+        "start": (4, 32),
+        "recent": (16, 64, 128),
+    }
 
     base: str = _NOTHING
     keep: float = 0.25

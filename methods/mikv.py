@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class MiKV:
     label: ClassVar[str] = "MiKV"
     paper: ClassVar[str] = "arXiv 2402.18096"
     needs: ClassVar[Needs] = Needs()
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "bits": (2, 3, 4),
+        "group_size": (0, 64, 128),
+        "ratio": (0.01, 0.05, 0.1, 0.2),
+    }
 
     bits: int = 2
     high_bits: Literal[16, 8, 4] = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -68,6 +68,12 @@ class OSCAR:
 
     label: ClassVar[str] = "OSCAR"
     paper: ClassVar[str] = "arXiv 2605.17757"
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "bits": (2, 3, 4),
+        "group_size": (64, 128),
+        "sinks": (0, 16, 64),
+        "recent": (0, 32, 256),
+    }
 
     bits: int = 2
     group_size: int = 128

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -89,6 +89,11 @@ class RotateKV:
 
     label: ClassVar[str] = "RotateKV"
     paper: ClassVar[str] = "arXiv 2501.16383"
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "bits": (2, 3, 4),
+        "group_size": (32, 64, 128),
+        "pivots": (0, 5, 10, 20),
+    }
 
     bits: int = 2
     group_size: int = 128

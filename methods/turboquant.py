@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -134,6 +134,7 @@ class TurboQuant:
     label: ClassVar[str] = "TurboQuant"
     paper: ClassVar[str] = "arXiv 2504.19874"
     needs: ClassVar[Needs] = Needs()
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"skip_layers": (0, 1, 2, 4)}
 
     key_bits: Literal[1, 2, 3, 4, 8] = 3
     value_bits: Literal[1, 2, 3, 4, 8] = 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -280,6 +280,11 @@ class VidKV:
 
     label: ClassVar[str] = "VidKV"
     paper: ClassVar[str] = "arXiv 2503.16257"
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "key_bits": (1.25, 1.5, 1.75),
+        "group_size": (8, 16, 32, 64),
+        "salient": (0.0, 0.2),
+    }
 
     key_bits: float = 1.5
     group_size: int = 32

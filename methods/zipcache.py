@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,12 @@ class ZipCache:
     label: ClassVar[str] = "ZipCache"
     paper: ClassVar[str] = "arXiv 2405.14256"
     needs: ClassVar[Needs] = Needs()
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "bits": (4, 8),
+        "low_bits": (2, 4),
+        "unimportant": (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95),
+        "per_head": (True, False),
+    }
 
     bits: int = 4
     low_bits: int = 2

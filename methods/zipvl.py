@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ class ZipVL:
     label: ClassVar[str] = "ZipVL"
     paper: ClassVar[str] = "arXiv 2410.08584"
     needs: ClassVar[Needs] = Needs()
+    size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "bits": (4, 8),
+        "low_bits": (2, 4),
+        "tau": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99),
+    }
 
     bits: int = 4
     low_bits: int = 2
