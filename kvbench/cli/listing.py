@@ -42,16 +42,14 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None
 
 
 def _method(method: Any) -> tuple[str, ...]:
-    from kvbench.cache import ForeignCache
     from kvbench.efficiency.capacity import nominal_bits
 
-    foreign = isinstance(method, ForeignCache)
-    storage = "its own" if foreign else getattr(method, "storage", "packed")
+    storage = getattr(method, "storage", "packed")
     parameters = ", ".join(
         f"{field.name}={getattr(method, field.name)}" for field in dataclasses.fields(method)
     )
     try:
-        bits = "-" if foreign else nominal_bits(method)
+        bits = nominal_bits(method)
     except UserError:  # it stores other layers only
         bits = "-"
     return (method.label, method.paper, bits, storage, parameters)

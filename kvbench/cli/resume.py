@@ -12,7 +12,7 @@ from kvbench.cli.report import show
 from kvbench.cli.verbs import INTERRUPTED
 
 
-def run_resumable(out: Path, rows: str, work: Callable[[Terminal], None]) -> None:
+def run_resumable(out: Path, rows: str, work: Callable[[Terminal], object]) -> None:
     """Do the work behind a progress bar and show its tables; interrupted, those of the rows so far.
 
     Args:

@@ -164,12 +164,14 @@ def capacity(
     return Capacity(shape, _packed(shape, bound), together=not _is_static(bound))
 
 
-def nominal_bits(method: KVQuantizer) -> str:
+def nominal_bits(method: KVQuantizer | ForeignCache) -> str:
     """Bits of a stored key and value with their metadata, "2.25" or "K 8.25 V 4.25".
 
     As in a layer in the middle of a model with heads of 128 channels; several where a plan chooses.
-    Exact tokens, which depend on the length, are not counted.
+    Exact tokens, which depend on the length, are not counted; a peer's cache says nothing: "-".
     """
+    if isinstance(method, ForeignCache):
+        return "-"
     specs = [LayerSpec(index, 32, 32, 32, 128) for index in range(32)]
     quantizer = _quantizers(method, specs)[16]
     key, value = (

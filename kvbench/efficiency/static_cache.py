@@ -85,7 +85,7 @@ class StaticSide:
         for precision, store in self.packed.items():
             room = store.codes.shape[2]
             some = left if self._is_uniform else _taken(left, bits == precision, room)
-            into = replace(store, **{name: part[rows] for name, part in _tensors(store).items()})
+            into = _rows_of(store, rows)
             quantize_into(some, self._roundings[precision], into)
         if self.layout.exact and leaving:
             # The latest first, right before the ring: so one span reads both.
@@ -246,7 +246,7 @@ def _of_rows(span: Span, rows: slice) -> Span:
     def of(states: States) -> States:
         if isinstance(states, Tensor):
             return states[rows]
-        return replace(states, **{name: part[rows] for name, part in _tensors(states).items()})
+        return _rows_of(states, rows)
 
     starts = (None if at is None else at[rows] for at in (span.key_starts, span.value_starts))
     return Span(of(span.keys), of(span.values), span.lengths[rows], *starts)
@@ -283,6 +283,12 @@ def _allocate(
         group,
         codec.along,
     )
+
+
+def _rows_of(states: PackedStates, rows: slice) -> PackedStates:
+    """Views of some rows."""
+    zero = None if states.zero is None else states.zero[rows]
+    return replace(states, codes=states.codes[rows], scale=states.scale[rows], zero=zero)
 
 
 def _tensors(states: PackedStates) -> dict[str, Tensor]:

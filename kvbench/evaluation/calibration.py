@@ -83,6 +83,17 @@ def lacking(path: Path, names: Collection[str]) -> list[str]:
     return [name for name in names if name not in have]
 
 
+def drawn(path: Path, samples: int, seed: int) -> tuple[int, int]:
+    """Samples and seed that a run's own file was made with, else those given.
+
+    What is added to a file comes from the same prompts as what it has.
+    """
+    from kvbench.cache import load_calibration
+
+    made = load_calibration(path).manifest if path.exists() else {}
+    return int(made.get("prompts", samples)), int(made.get("seed", seed))
+
+
 def keep_statistics(made: Calibration, path: Path) -> None:
     """Write statistics beside a run's rows; what the file has already stays as it is.
 

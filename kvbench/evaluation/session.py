@@ -14,6 +14,7 @@ from kvbench.evaluation.calibration import (
     calibrated,
     calibration_file,
     checked_statistics,
+    drawn,
     keep_statistics,
     kept_statistics,
     lacking,
@@ -134,7 +135,7 @@ class Session:
         runner.run([ask(ready.loaded, cell.task, sample) for sample in samples])
         ready.vision.forget()
 
-    def calibrate(self, model: int) -> Calibration:
+    def calibrate(self, model: int, samples: int, seed: int) -> Calibration:
         """Gather the statistics of one model of the request; nothing is written.
 
         Raises:
@@ -144,7 +145,7 @@ class Session:
         request = self.request
         loaded = load(request.models[model], request.device, request.dtype)
         names = statistics_for(calibrated(request.methods))
-        return statistics_of(loaded, names, request.calibration_samples, request.seed)
+        return statistics_of(loaded, names, samples, seed)
 
     def _announce(self, label: str) -> None:
         """Name the cell of the grid when it begins."""
@@ -217,8 +218,8 @@ def calibration(
     if given is not None:
         return checked_statistics(given, path, loaded)
     if request.calibration is None and (missing := lacking(path, names)):
-        progress.note(calibration_note(request, loaded.entry))
-        samples, seed = request.calibration_samples, request.seed
+        samples, seed = drawn(path, request.calibration_samples, request.seed)
+        progress.note(calibration_note(request, loaded.entry, samples))
         keep_statistics(statistics_of(loaded, missing, samples, seed), path)
     return kept_statistics(path, loaded, names)
 
@@ -228,11 +229,11 @@ def calibration_path(request: EvalRequest, entry: ModelEntry) -> Path:
     return calibration_file(request.calibration or request.out / "calibration", entry)
 
 
-def calibration_note(request: EvalRequest, entry: ModelEntry) -> str:
+def calibration_note(request: EvalRequest, entry: ModelEntry, samples: int) -> str:
     """What is said before statistics are gathered."""
     return (
         f"calibrating {entry.name} for {', '.join(calibrated(request.methods))} on "
-        f"{request.calibration_samples} samples of a split which no task scores"
+        f"{samples} samples of a split which no task scores"
     )
 
 

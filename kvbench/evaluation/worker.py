@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Gather the statistics of one model of the request."""
+    """Gather the statistics of one model of the request, on so many samples."""
 
     model: int
+    samples: int
+    seed: int
 
 
 Task = Job | Calibrate
@@ -86,7 +88,7 @@ class Worker(Silent):
         self._outcome = Outcome()
         try:
             if isinstance(task, Calibrate):
-                statistics = self._session.calibrate(task.model)
+                statistics = self._session.calibrate(task.model, task.samples, task.seed)
                 self._outcome.statistics = task.model, to_bytes(statistics)
             else:
                 self._session.run(task)

@@ -15,7 +15,13 @@ from typing import Any, Protocol
 
 import kvbench
 from kvbench.errors import UserError
-from kvbench.evaluation.calibration import calibrated, keep_statistics, lacking, statistics_for
+from kvbench.evaluation.calibration import (
+    calibrated,
+    drawn,
+    keep_statistics,
+    lacking,
+    statistics_for,
+)
 from kvbench.evaluation.progress import Progress
 from kvbench.evaluation.request import EvalRequest
 from kvbench.evaluation.session import Job, calibration_note, calibration_path
@@ -96,9 +102,11 @@ def _statistics(executor: Executor, request: EvalRequest, progress: Progress) ->
     paths = [calibration_path(request, entry) for entry in request.models]
     own = request.calibration is None
     missing = [index for index, path in enumerate(paths) if own and lacking(path, names)]
+    tasks, setup = [], Setup(request, threads=executor.threads)
     for index in missing:
-        progress.note(calibration_note(request, request.models[index]))
-    tasks, setup = [Calibrate(index) for index in missing], Setup(request, threads=executor.threads)
+        samples, seed = drawn(paths[index], request.calibration_samples, request.seed)
+        progress.note(calibration_note(request, request.models[index], samples))
+        tasks.append(Calibrate(index, samples, seed))
     with closing(outcomes(executor, setup, tasks, progress)) as results:
         for outcome in results:
             if outcome.fault is not None:

@@ -58,7 +58,7 @@ def test_random_rotations_are_seeded() -> None:
 def test_widths_without_a_hadamard_matrix_say_what_to_do(width: int) -> None:
     if width == 52:  # Paley's second construction needs 25 to be prime, which it isn't
         assert width // 2 - 1 == 25
-    with pytest.raises(UserError, match='rotation="block"'):
+    with pytest.raises(UserError, match='rotation, set it to "block"'):
         rotation(width)
     assert rotation(width, "block").shape == (width, width)
 

@@ -169,7 +169,7 @@ class Pair:
         assert read.lengths == self.store.lengths == tuple(len(r.tokens()) for r in self.rows)
         packed = tuple(sum(len(t) for b, t in r.segments.items() if b != EXACT) for r in self.rows)
         assert self.store.packed_lengths == packed
-        waiting = self.store.waiting_bits
+        waiting = self.store.waiting
         slots = self.store.slots() if self.tracked else None
         for index, row in enumerate(self.rows):
             data = read.data[index, :, : read.lengths[index]]

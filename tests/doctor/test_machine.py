@@ -93,18 +93,20 @@ def test_a_cuda_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("method", "text"),
+    ("method", "protocol", "text"),
     [
-        ("rtn_int2", "eval: Triton; efficiency: fused decoder"),
-        ("kivi", "eval: Triton; efficiency: fused decoder"),
-        ("rtn_int2[group_over_heads=true]", "heads are stored together"),
+        ("rtn_int2", "exact_prefill", "eval: Triton; efficiency: fused decoder"),
+        ("kivi", "exact_prefill", "eval: Triton; efficiency: fused decoder"),
+        ("kivi", "quantized_prefill", "eval: Triton; efficiency: eager, its prompts attend"),
+        ("rtn_int2[group_over_heads=true]", "exact_prefill", "heads are stored together"),
     ],
 )
 def test_paths_where_kernels_run(
-    monkeypatch: pytest.MonkeyPatch, tiny_text_model: Any, method: str, text: str
+    monkeypatch: pytest.MonkeyPatch, tiny_text_model: Any, method: str, protocol: Any, text: str
 ) -> None:
     monkeypatch.setattr(launch, "why_not", lambda x: None)
-    finding = kernels.path("kernels", method, bind(tiny_text_model().model, method))
+    bound = bind(tiny_text_model().model, method, protocol=protocol)
+    finding = kernels.path("kernels", method, bound)
     assert text in finding.text
 
 

@@ -192,7 +192,7 @@ def test_other_circumstances_are_other_rows(
     measure(scenarios(model), conditions(), Silent(), Machine(2))
     changes: dict[str, Any] = {}
     if change == "code":
-        monkeypatch.setattr(scenario_module, "code_fingerprint", lambda: "new")
+        monkeypatch.setattr(scenario_module, "code_fingerprint", lambda *modules: "new")
     elif change == "target":
         changes = {"target": dataclasses.replace(V100, limit=32 << 30)}
     else:

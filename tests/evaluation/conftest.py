@@ -118,14 +118,16 @@ class Killer(Listener):
     def __init__(self, mark: str, after: int) -> None:
         super().__init__()
         self._mark, self._after, self.killed = mark, after, 0
+        self._before = set(psutil.Process().children(recursive=True))
         self.family: list[psutil.Process] = []
-        """All processes that this one had started when it killed, and the workers among them."""
+        """All processes that the run had started when it killed, and the workers among them."""
         self.workers: list[psutil.Process] = []
 
     def advance(self) -> None:
         super().advance()
         if self.advanced == self._after:
-            self.family = psutil.Process().children(recursive=True)
+            children = psutil.Process().children(recursive=True)
+            self.family = [child for child in children if child not in self._before]
             self.workers = list(filter(self._is_worker, self.family))
             victim = max(self.workers, key=lambda process: sum(process.cpu_times()[:2]))
             os.kill(victim.pid, signal.SIGKILL)

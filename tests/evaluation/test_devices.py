@@ -135,6 +135,8 @@ class _Numbers(TorchFunctionMode):
         if func is torch.tensor and kwargs.get("device") is not None:
             device = torch.device(kwargs.pop("device"))
             return _placed(torch.tensor(*args, **kwargs), device)
+        if func is Tensor.new_tensor and isinstance(args[0], Placed):
+            return _placed(args[0].held.new_tensor(*args[1:], **kwargs), args[0].device)
         if func is Tensor.tolist:
             return _held(args[0]).tolist()
         if func in (Tensor.__getitem__, Tensor.__setitem__):
