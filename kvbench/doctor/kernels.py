@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvbench.doctor.findings import Finding, Status
@@ -69,4 +70,5 @@ def _no_engine(bound: BoundMethod) -> str | None:
     from kvbench.efficiency.workload import Workload
 
     workload = Workload(input_tokens=1024, vision_tokens=576, output_tokens=64, batch=1)
-    return unsupported_model(bound.model) or unsupported(bound, workload)
+    measured = replace(bound, protocol="exact_prefill")  # as the engine always runs
+    return unsupported_model(bound.model) or unsupported(measured, workload)

@@ -97,7 +97,7 @@ def test_a_cuda_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("rtn_int2", "exact_prefill", "eval: Triton; efficiency: fused decoder"),
         ("kivi", "exact_prefill", "eval: Triton; efficiency: fused decoder"),
-        ("kivi", "quantized_prefill", "eval: Triton; efficiency: eager, its prompts attend"),
+        ("kivi", "quantized_prefill", "eval: Triton; efficiency: fused decoder"),
         ("rtn_int2[group_over_heads=true]", "exact_prefill", "heads are stored together"),
     ],
 )
