@@ -92,7 +92,7 @@ class RotateKV:
     size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
         "bits": (2, 3, 4),
         "group_size": (32, 64, 128),
-        "pivots": (0, 5, 10, 20),
+        "pivots": (0, 2, 5, 10, 20),
     }
 
     bits: int = 2

@@ -54,8 +54,7 @@ class ZipCache:
     needs: ClassVar[Needs] = Needs()
     size_knobs: ClassVar[dict[str, tuple[Any, ...]]] = {
         "bits": (4, 8),
-        "low_bits": (2, 4),
-        "unimportant": (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95),
+        "unimportant": (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99),
         "per_head": (True, False),
     }
 
