@@ -42,7 +42,7 @@ misnamed = "shop:TASK"
 [tool.setuptools]
 py-modules = ["shop", "shop_broken"]
 """
-CODE = '''\
+CODE = """\
 import json
 import os
 from dataclasses import dataclass
@@ -111,7 +111,7 @@ MODEL = ModelEntry(
 )
 LOADER = ModelEntry("shop_loader", "Shop loader", "llava", loader="shop:load")
 TASK = Counting("counting", "COUNT", "Counting", "Counting", suite="shop")
-'''
+"""
 
 
 def pip(python: Path, *paths: Path) -> None:
@@ -229,7 +229,10 @@ def test_efficiency_models_them(run: Run, tmp_path: Path) -> None:
     [
         ("--methods raises", "method 'raises' comes from the plug-in shop_broken:METHOD"),
         ("--methods class_not_instance", "shop:Shop4 is a class: a method must be an instance"),
-        ("--methods shop4[group=8]", "unknown parameter 'group' of Shop4: did you mean group_size?"),
+        (
+            "--methods shop4[group=8]",
+            "unknown parameter 'group' of Shop4: did you mean group_size?",
+        ),
         ("--methods fp16 --tasks misnamed", "give the task one name"),
         ("--methods fp16 --models shop_loader", "the loader shop:load of model 'shop_loader'"),
     ],

@@ -26,6 +26,9 @@ FORBIDDEN_CALLS = {
     *("time.time", "time.time_ns"),  # may go back
 }
 
+PROBES = {"kvbench/evaluation/workers_ray.py"}
+"""Files that may see whether an address which the user gave answers; they send nothing."""
+
 
 def faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and name of everything that is forbidden."""
@@ -63,8 +66,48 @@ def _options(node: ast.keyword, line: int) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_nothing_unsafe_is_called(file: Path) -> None:
-    found = list(faults(ast.parse(file.read_text(encoding="utf-8"))))
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = list(faults(tree))
+    if file.relative_to(ROOT).as_posix() in PROBES and only_probes(tree):
+        found = [(line, name) for line, name in found if name != "socket"]
     assert not found, f"{file.relative_to(ROOT)}: {found}"
+
+
+def only_probes(tree: ast.AST) -> bool:
+    """Whether a socket is connected and closed at once, and `socket` is named for nothing else."""
+    named = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "socket"]
+    probes = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "close"
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func) == "socket.create_connection"
+    ]
+    imported = [
+        node
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.ImportFrom) and node.module == "socket")
+        or (
+            isinstance(node, ast.Import)
+            and any(alias.name == "socket" and alias.asname for alias in node.names)
+        )
+    ]
+    return len(probes) == len(named) and not imported
+
+
+@pytest.mark.parametrize(
+    ("text", "sound"),
+    [
+        ("import socket\nsocket.create_connection(at, timeout=1).close()", True),
+        ("import socket\nsocket.create_connection(at).sendall(data)", False),
+        ("import socket\ns = socket.create_connection(at)", False),
+        ("from socket import create_connection\ncreate_connection(at)", False),
+        ("import socket as s\ns.socket()", False),
+    ],
+)
+def test_a_probe_sends_nothing(text: str, sound: bool) -> None:
+    assert only_probes(ast.parse(text)) == sound
 
 
 def loads(tree: ast.AST) -> Iterator[ast.Call]:

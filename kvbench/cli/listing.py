@@ -44,7 +44,7 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None
 def _method(method: Any) -> tuple[str, ...]:
     from kvbench.efficiency.capacity import nominal_bits
 
-    storage = getattr(method, "storage", "packed")
+    storage = "packed" if hasattr(method, "layer") else "its own"  # a peer brings a whole cache
     parameters = ", ".join(
         f"{field.name}={getattr(method, field.name)}" for field in dataclasses.fields(method)
     )

@@ -32,15 +32,14 @@ def test_a_killed_actor_costs_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    options: dict[str, Any] = {"methods": "fp16,rtn_int2,smoothquant", "max_new_tokens": 16}
+    options: dict[str, Any] = {"methods": "fp16,rtn_int2", "max_new_tokens": 16}
     listener = killer("ray::Worker", 7)
     rows = evaluated(listener, **options, executor="ray", workers=2, out=tmp_path / "run")
     assert listener.killed
     evaluated(**options, out=tmp_path / "one")
     same_results(tmp_path / "run", tmp_path / "one")
-    assert listener.total == listener.advanced == len(rows) == 3 * 2 * 6
-    calibrating, died = listener.notes
-    assert calibrating.startswith("calibrating tiny for smoothquant on 3 samples")
+    assert listener.total == listener.advanced == len(rows) == 2 * 2 * 6
+    (died,) = listener.notes
     assert died.startswith("a worker process died at samples ")
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert not ray.is_initialized()
