@@ -29,7 +29,7 @@ def test_kernels_serve_a_method_or_say_why_not(
     tiny_text_model, calibrated, name: str, reasons: tuple[str | None, str | None]
 ) -> None:
     model = tiny_text_model().model
-    bound = bind(model, name, calibration=calibrated(model))
+    bound = bind(model, name, protocol="exact_prefill", calibration=calibrated(model))
     found = (unfused(bound.quantizers[0]), unsupported(bound, Workload(40, 0, 8)))
     for mine, expected in zip(found, reasons, strict=True):
         assert (mine is None) if expected is None else (mine is not None and expected in mine)
