@@ -187,7 +187,7 @@ def _statistics(
     path = calibration_file(request.calibration or request.out / "calibration", loaded.entry)
     if request.calibration is None and (missing := lacking(path, names)):
         text_only = loaded.entry.family == "text"
-        where = f"the end of {BUNDLED}" if text_only else "minimile's calibration split"
+        where = f"the end of {BUNDLED}" if text_only else "a split that no task scores"
         progress.note(f"calibrating {loaded.entry.name} for {', '.join(needing)} on {where}")
         if text_only:
             text = read_text(BUNDLED)

@@ -76,12 +76,12 @@ def compare(request: MatchRequest, matched: Sequence[Matched], progress: Progres
     Raises:
         UserError: no method has any of the sizes, or as `evaluate`.
     """
-    from kvbench.evaluation.choices import choose_methods
+    from kvbench.evaluation.choices import REFERENCE, choose_methods
 
     if not any(one.found for one in matched):
         raise UserError("no method has a setting of these sizes: give other --bits or methods")
     for entry in request.evaluation.models:
-        chosen = {choice.spec: choice for choice in choose_methods("fp16")}
+        chosen = {choice.spec: choice for choice in choose_methods(REFERENCE)}
         for one in matched:
             if one.model == entry.name:
                 chosen |= {s.candidate.choice.spec: s.candidate.choice for s in one.found}

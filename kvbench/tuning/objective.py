@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from kvbench.cache import bind
+from kvbench.evaluation.choices import REFERENCE
 from kvbench.evaluation.decode import Answer, Generation, answer
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Judge:
         self._questions, self._inputs = questions, inputs
         self._generation = Generation(max_new_tokens)
         self._references: Sequence[Answer | None] = [None] * len(inputs)
-        self._references = self._answers("fp16")
+        self._references = self._answers(REFERENCE)
 
     def outcome(self, method: Any) -> Outcome:
         """Run the model with a method."""
