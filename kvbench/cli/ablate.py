@@ -65,15 +65,15 @@ def ablate(
 ) -> None:
     """Answer the tasks along sweeps over a method's fields; tables and plots with intervals."""
     from kvbench.analysis.sweeps import choose_sweeps
-    from kvbench.evaluation import choices
-    from kvbench.evaluation.request import EvalRequest
+    from kvbench.api import evaluation_request
+    from kvbench.evaluation.choices import REFERENCE
 
     sweeps = choose_sweeps(sweep or ["paper"])
-    request = EvalRequest(
-        methods=choices.choose_methods(choices.REFERENCE),
-        models=choices.choose_models(models),
-        tasks=choices.choose_tasks(tasks or _PAPER_TASKS),
-        protocols=choices.choose_protocols(protocol),
+    request = evaluation_request(
+        REFERENCE,
+        models,
+        tasks or _PAPER_TASKS,
+        protocol=protocol,
         out=out,
         data_root=data_root,
         limit=limit,

@@ -54,15 +54,14 @@ def match(
     calibration: Statistics = None,
 ) -> None:
     """Set every method to the same stored bits and answer the tasks: what is best at a size."""
-    from kvbench.evaluation import choices
-    from kvbench.evaluation.request import EvalRequest
+    from kvbench.api import evaluation_request
     from kvbench.matching.request import MatchRequest, read_budgets
 
-    evaluation = EvalRequest(
-        methods=choices.choose_methods(methods),
-        models=choices.choose_models(models),
-        tasks=choices.choose_tasks(tasks),
-        protocols=choices.choose_protocols(protocol),
+    evaluation = evaluation_request(
+        methods,
+        models,
+        tasks,
+        protocol=protocol,
         out=out,
         data_root=data_root,
         limit=limit,
