@@ -1,4 +1,7 @@
-"""Append a decode step's token to one side of a cache and store the token that leaves its ring."""
+"""Put tokens into one side of a cache, each into the store of its precision.
+
+A decode step appends one token a row and stores the one that leaves its ring; a prompt has many.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvbench.kernels.launch import use_triton
+from kvbench.kernels.launch import use_triton, where_it_is
 from kvbench.kernels.quantize import quantize
 from kvbench.kernels.rounding import Rounding
 from kvbench.kernels.states import PackedStates, States
@@ -70,6 +73,38 @@ def append(
                 _write(to, new[:, :, 0], places, bits == store.bits)
     if ring is not None:
         ring[rows, :, slot.long()] = states
+    return None
+
+
+def scatter(
+    states: Tensor,
+    stores: Sequence[States],
+    roundings: Sequence[Rounding | None],
+    bits: Tensor,
+    places: Tensor,
+) -> None:
+    """Store tokens of one side in place; one launch on CUDA.
+
+    Token t of row b of states (B, H, n, D), in the stored basis and at any strides, goes to place
+    places[b, t] of the store whose precision is bits[b, t], nowhere if none has it (0): see
+    `append`. bits and places are (B, n) int32; no two tokens of a row go to one place.
+    """
+    if use_triton(states) and unsupported(states.shape[-1], roundings) is None:
+        from kvbench.kernels import append_triton as kernels
+
+        with where_it_is(states):
+            return kernels.scatter(states, stores, roundings, bits, places)
+    for store, rounding in zip(stores, roundings, strict=True):
+        if isinstance(store, Tensor):
+            parts, wanted = [(store, states)], EXACT
+        else:
+            assert rounding is not None
+            packed = quantize(states, rounding)
+            parts = list(zip(_tensors(store), _tensors(packed), strict=True))
+            wanted = store.bits
+        row, token = (bits == wanted).nonzero(as_tuple=True)
+        for to, new in parts:
+            to[row, :, places[row, token].long()] = new[row, :, token]
     return None
 
 

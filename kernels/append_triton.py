@@ -1,4 +1,4 @@
-"""Triton kernel that appends a token to one side of a cache and moves the token it replaces."""
+"""Triton kernel that puts tokens into one side of a cache, each where it belongs."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def append_kernel(
     bits: tl.tensor,
     places: tl.tensor,
     stores: tl.tuple,
+    tokens: int,
     H: tl.constexpr,
     D: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -35,21 +36,23 @@ def append_kernel(
     CLIPS: tl.constexpr,
     MIDPOINTS: tl.constexpr,
 ) -> None:
-    """A program takes HEADS heads of one row; CHANNELS is D filled up to a power of two.
+    """A program takes HEADS heads of one token; CHANNELS is D filled up to a power of two.
 
-    Tensors of states are tuples (pointer, strides of rows, heads and tokens). A store is a tuple
-    of such tensors: one for exact states; codes, scale and zero, if there is one, for packed ones.
-    The last four constants are tuples with a place for every store.
+    slot, bits and places have a number a token, row after row, of `tokens` each: more than one only
+    without a ring. Tensors of states are tuples (pointer, strides of rows, heads and tokens). A
+    store is a tuple of such tensors: one for exact states; codes, scale and zero, if there is one,
+    for packed ones. The last four constants are tuples with a place for every store.
     """
-    row = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0)
+    row = (number // tokens).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     mask = (head < H) & (tl.arange(0, CHANNELS)[None, :] < D)
-    wanted = tl.load(bits + row)
-    place = tl.load(places + row)
-    new = tl.load(_token(states, row, head, 0, CHANNELS), mask, 0.0)
+    wanted = tl.load(bits + number)
+    place = tl.load(places + number)
+    new = tl.load(_token(states, row, head, number % tokens, CHANNELS), mask, 0.0)
     leaving = new
     if RING:
-        here = _token(ring, row, head, tl.load(slot + row), CHANNELS)
+        here = _token(ring, row, head, tl.load(slot + number), CHANNELS)
         leaving = tl.load(here, mask, 0.0)
         tl.debug_barrier()  # what one thread has read another may be the one to overwrite
     for i in tl.static_range(len(BITS)):
@@ -105,17 +108,41 @@ def append(
     places: Tensor,
 ) -> None:
     """Append one token a row; see `kvbench.kernels.append`."""
-    rows, kv_heads, size = states.shape
+    _launch(states[:, :, None], ring, slot, evicted, roundings, bits, places)
+
+
+def scatter(
+    states: Tensor,
+    stores: Sequence[States],
+    roundings: Sequence[Rounding | None],
+    bits: Tensor,
+    places: Tensor,
+) -> None:
+    """Store many tokens a row; see `kvbench.kernels.append`."""
+    _launch(states, None, places, stores, roundings, bits.contiguous(), places.contiguous())
+
+
+def _launch(
+    states: Tensor,
+    ring: Tensor | None,
+    slot: Tensor,
+    stores: Sequence[States],
+    roundings: Sequence[Rounding | None],
+    bits: Tensor,
+    places: Tensor,
+) -> None:
+    """States are (B, H, n, D)."""
+    rows, kv_heads, tokens, size = states.shape
     channels = triton.next_power_of_2(size)
     heads = min(triton.next_power_of_2(kv_heads), max(_NUMBERS // channels, 1))
-    token = states[:, :, None]
-    append_kernel[rows, triton.cdiv(kv_heads, heads)](
-        _strided(token),
-        _strided(token if ring is None else ring),
+    append_kernel[rows * tokens, triton.cdiv(kv_heads, heads)](
+        _strided(states),
+        _strided(states if ring is None else ring),
         slot,
         bits,
         places,
-        tuple(map(_tensors, evicted)),
+        tuple(map(_tensors, stores)),
+        tokens,
         H=kv_heads,
         D=size,
         CHANNELS=channels,
@@ -163,6 +190,6 @@ def compile_examples() -> list[tuple[Any, dict[str, Any], dict[str, Any], int]]:
         states = (dtype, *strides)
         codes, scale, zero = ("*u8", *strides), ("*fp16", *strides), ("*i16", *strides)
         stores = (codes, scale, zero), (codes, scale, scale), (codes, scale), (states,)
-        types = {"states": states, "ring": states, "stores": stores} | numbers
+        types = {"states": states, "ring": states, "stores": stores, "tokens": "i32"} | numbers
         examples.append((append_kernel, types, shape | {"RING": ring}, 4))
     return examples

@@ -47,7 +47,7 @@ def decode_attention(
 
     question = Question(query, scaling, softcap, window, columns)
     with where_it_is(query):
-        decode(question, spans, out, splits or _splits(query, spans))
+        decode(question, spans, out, splits or split_count(query, spans))
     return out
 
 
@@ -125,7 +125,7 @@ def states_of(states: States) -> Tensor:
     return states if isinstance(states, Tensor) else states.codes
 
 
-def _splits(query: Tensor, spans: Sequence[Span]) -> int:
+def split_count(query: Tensor, spans: Sequence[Span]) -> int:
     """Enough programs to fill the device, each with tokens enough to be worth its start."""
     programs = query.shape[0] * states_of(spans[0].keys).shape[1]
     device = torch.cuda.get_device_properties(query.device)

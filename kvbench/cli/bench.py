@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvbench.cli.options import Dtype, Methods
 from kvbench.cli.verbs import Verbs
 
 app = typer.Typer(cls=Verbs, help="Measure kernels on this GPU.", no_args_is_help=True)
@@ -30,3 +31,31 @@ def kernels(
     typer.echo(table(result))
     if out is not None:
         out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+@app.command()
+def tunings(
+    shape: Annotated[str, typer.Option(help="Only shapes whose names contain this.")] = "",
+) -> None:
+    """Time decode attention in every launch of a grid: what this GPU likes best."""
+    from kvbench.efficiency.span_sweep import sweep, table
+
+    for timed in sweep(shape):
+        typer.echo(table(timed) + "\n")
+
+
+@app.command()
+def step(
+    model: Annotated[str, typer.Option(help="Name, or name=/folder.")] = "llava15_7b",
+    methods: Methods = "fp16,akvq_vl",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 40,
+    input_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 600,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 512,
+    dtype: Dtype = "auto",
+) -> None:
+    """Show which kernels a decode step and a micro-batch of prompts spend their time in."""
+    from kvbench.efficiency.step_profile import profile_step, step_requests, table
+
+    for request in step_requests(model, methods, batch, input_tokens, output_tokens, dtype):
+        typer.echo(f"{request.model} · {request.method}\n")
+        typer.echo(table(profile_step(request)) + "\n")

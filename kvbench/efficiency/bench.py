@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from kvbench.evaluation.environment import environment
 from kvbench.kernels.attention import decode_attention, reference
 from kvbench.kernels.states import PackedStates, Span, States
 
+Key = TypeVar("Key")
 CHECKED_ROWS = 2
 """Rows compared with the reference: all would need the dequantized cache of the whole batch."""
 
@@ -156,9 +157,9 @@ def milliseconds(work: Callable[[], object], budget: int = 40) -> float:
     return float(do_bench(work, warmup=10, rep=budget, return_mode="median"))
 
 
-def in_turns(works: dict[str, Callable[[], object]], turns: int = 3) -> dict[str, float]:
+def in_turns(works: dict[Key, Callable[[], object]], turns: int = 3) -> dict[Key, float]:
     """Each work's median over turns, the works one after the other in every turn."""
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[Key, list[float]] = {name: [] for name in works}
     for _ in range(turns):
         for name, work in works.items():
             times[name].append(milliseconds(work))

@@ -37,7 +37,7 @@ _PACKAGES = ("torch", "transformers", "triton", "optimum-quanto")
 _MEASURED = ("cache", "efficiency", "kernels", "methods", "models")
 _AROUND = {
     *("bench", "capacity", "isolate", "plan", "preset", "profiles", "rows", "run", "scenario"),
-    *("search", "sweep"),
+    *("search", "span_sweep", "step_profile", "sweep"),
 }
 
 
@@ -155,7 +155,7 @@ def setting(scenario: Scenario, conditions: Conditions) -> Setting:
         UserError: The scenario can't be run: a model, a method or a number of tokens is wrong.
     """
     entry, (method,) = find_model(scenario.model), choose_methods(scenario.method)
-    workload = _workload(scenario, entry)
+    workload = workload_of(scenario, entry)
     target = conditions.target
     measured = target.device is not None
     foreign = isinstance(method.quantizer, ForeignCache)
@@ -172,7 +172,7 @@ def setting(scenario: Scenario, conditions: Conditions) -> Setting:
         vision_tokens=workload.vision_tokens,
         output_tokens=workload.output_tokens,
         fixed_batch=scenario.batch,
-        prefill_rows=conditions.prefill_rows or max(1, _PREFILL_TOKENS // workload.input_tokens),
+        prefill_rows=conditions.prefill_rows or prompts_at_once(workload.input_tokens),
         seed=conditions.seed,
         gpu=target.profile.name,
         gpu_label=target.profile.label,
@@ -188,7 +188,17 @@ def _named(item: str) -> Iterable[str]:
     return MODELS.names() if item == "all" else [item]
 
 
-def _workload(scenario: Scenario, entry: ModelEntry) -> Workload:
+def prompts_at_once(input_tokens: int) -> int:
+    """Prompts of a micro-batch: enough to keep a GPU busy, with small activations."""
+    return max(1, _PREFILL_TOKENS // input_tokens)
+
+
+def workload_of(scenario: Scenario, entry: ModelEntry) -> Workload:
+    """The scenario's tokens and rows; one row where the largest batch is asked for.
+
+    Raises:
+        UserError: The model can't have these vision tokens.
+    """
     config = configuration(entry)
     vision, each = scenario.vision_tokens, tokens_per_image(config)
     if vision is None:

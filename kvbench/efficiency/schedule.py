@@ -89,6 +89,21 @@ class SharedWindow:
         """Tokens of a prompt that go to the ring."""
         return length if self.forever else kept_tokens(window, length)
 
+    def prompt_moves(self, layer: int, bits: Tensor) -> Moves:
+        """Where the tokens of a prompt that leave the window go; bits (b, n) on the device.
+
+        What there is no room for goes nowhere, and `fill` remembers that.
+        """
+        leaving, places = torch.zeros_like(bits, dtype=torch.int32), torch.zeros_like(bits).int()
+        for precision, rooms in self._rooms.items():
+            goes = bits == precision
+            rank = goes.cumsum(1, dtype=torch.int32) - 1
+            place = rooms[layer] - 1 - rank if precision == EXACT else rank
+            goes &= rank < rooms[layer]
+            leaving.masked_fill_(goes, precision)
+            places = torch.where(goes, place, places)
+        return Moves(None, leaving, places)
+
     def fill(self, rows: slice, layer: int, bits: Tensor, leaving: int, _: int) -> None:
         """Count the prompts of some rows; bits (b, n) on the device, the first `leaving` packed."""
         length = bits.shape[1]

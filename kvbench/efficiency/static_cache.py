@@ -15,7 +15,7 @@ from kvbench.efficiency.schedule import Moves, Reach, ResidualKeys, SharedWindow
 from kvbench.efficiency.support import unsupported
 from kvbench.efficiency.workload import SideLayout, Workload, cache_layout
 from kvbench.errors import UserError
-from kvbench.kernels.append import append
+from kvbench.kernels.append import append, scatter
 from kvbench.kernels.attention import decode_attention
 from kvbench.kernels.quantize import Rounding, quantize_into
 from kvbench.kernels.states import PackedStates, Span, States
@@ -74,27 +74,25 @@ class StaticSide:
         """The store of a precision."""
         return self.exact if bits == EXACT else self.packed[bits]
 
-    def fill(self, rows: slice, states: Tensor, bits: Tensor) -> None:
+    def fill(self, rows: slice, states: Tensor, leaving: int, moves: Moves | None) -> None:
         """Take the prompts of some rows, (b, H, n, D) in the stored basis.
 
-        The first tokens leave the window at once, with (b, leaving) `bits` each; the rest fill the
-        ring. Which token goes where is worked out on the device: the host waits for nothing.
+        The first `leaving` tokens leave the window at once, where `moves` says (b, leaving), or all
+        to the one store there is; the rest fill the ring.
         """
-        leaving, start = bits.shape[1], self.layout.exact
         left, newest = states[:, :, :leaving], states[:, :, leaving:]
-        for precision, store in self.packed.items():
-            room = store.codes.shape[2]
-            some = left if self._is_uniform else _taken(left, bits == precision, room)
-            into = _rows_of(store, rows)
-            quantize_into(some, self._roundings[precision], into)
-        if self.layout.exact and leaving:
-            # The latest first, right before the ring: so one span reads both.
-            kept = _taken(left, bits == EXACT, start).flip(2)
-            self.exact[rows, :, start - kept.shape[2] : start].copy_(kept)
+        into = {bits: _rows_of(store, rows) for bits, store in self.packed.items()}
+        if moves is None:
+            for bits, store in into.items():
+                quantize_into(left, self._roundings[bits], store)
+        else:
+            stores = [*into.values(), self.exact[rows]]
+            scatter(left, stores, [*self._roundings.values(), None], moves.leaving, moves.places)
+        start = self.layout.exact
         self.exact[rows, :, start : start + newest.shape[2]].copy_(newest)
 
     @property
-    def _is_uniform(self) -> bool:
+    def is_uniform(self) -> bool:
         """Whether all that leaves the window goes to one store."""
         return len(self.packed) == 1 and not self.layout.exact
 
@@ -165,10 +163,13 @@ class StaticCache:
         the device.
         """
         layer, schedule, length = self.layers[index], self.schedule, bits.shape[1]
-        leaving = []
-        for side, states in ((layer.key, keys), (layer.value, values)):
-            leaving.append(length - schedule.kept(side.side.window, length))
-            side.fill(rows, states, bits[:, : leaving[-1]])
+        sides = (layer.key, keys), (layer.value, values)
+        leaving = [length - schedule.kept(side.side.window, length) for side, _ in sides]
+        moves = None
+        if isinstance(schedule, SharedWindow) and leaving[0] and not layer.key.is_uniform:
+            moves = schedule.prompt_moves(index, bits[:, : leaving[0]])
+        for (side, states), count in zip(sides, leaving, strict=True):
+            side.fill(rows, states, count, moves)
         schedule.fill(rows, index, bits, *leaving)
         return [_of_rows(span, rows) for span in self.spans(index)]
 
@@ -229,15 +230,6 @@ class StaticCache:
         return [
             _span(key.of(bits), value.of(bits), schedule.reach(index, bits)) for bits in precisions
         ]
-
-
-def _taken(states: Tensor, mask: Tensor, room: int) -> Tensor:
-    """(b, H, width, D): the tokens where the (b, n) mask is True, first; width is at most `room`.
-
-    What follows them is left over, and no counter reaches it.
-    """
-    order = torch.argsort(~mask, dim=1, stable=True)[:, : min(room, mask.shape[1])]
-    return states.take_along_dim(order[:, None, :, None], 2)
 
 
 def _of_rows(span: Span, rows: slice) -> Span:

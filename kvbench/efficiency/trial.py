@@ -72,24 +72,17 @@ def _run(request: TrialRequest) -> TrialResult:
             measured["matmul_rate"] = matmul_rate(device, getattr(torch, request.dtype))
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        model, entry, weights = _load(request)
+        model, entry, weights = load_model(request)
         if request.runner == "generate":
             result = run_generate(request, model, method)
         elif isinstance(method, ForeignCache):
             raise UserError(f"{method.label} brings its own cache; run it with `generate`.")
         else:
-            bound = bind(
-                model,
-                method,
-                protocol=request.protocol,
-                calibration=_made_up(method.needs.statistics, model),
-                text_salient_layers=entry.tsa_layers,
-            )
-            result = _run_engine(request, bound)
+            result = _run_engine(request, bound_method(request, model, entry, method))
     return replace(result, weights=weights, **measured, **peak.fields())
 
 
-def _load(request: TrialRequest) -> tuple[Any, Any, Any]:
+def load_model(request: TrialRequest) -> tuple[Any, Any, Any]:
     """The model, its entry, and whether its weights are real."""
     from kvbench.evaluation.hardware import load
     from kvbench.models.architectures import random_model
@@ -103,6 +96,17 @@ def _load(request: TrialRequest) -> tuple[Any, Any, Any]:
             raise
         dtype = getattr(torch, request.dtype)
         return random_model(entry, request.device, dtype, request.seed), entry, "random"
+
+
+def bound_method(request: TrialRequest, model: Any, entry: Any, method: Any) -> BoundMethod:
+    """A quantizer made ready for a model, with made-up statistics if it needs any."""
+    return bind(
+        model,
+        method,
+        protocol=request.protocol,
+        calibration=_made_up(method.needs.statistics, model),
+        text_salient_layers=entry.tsa_layers,
+    )
 
 
 def _made_up(names: tuple[str, ...], model: Any) -> Calibration | None:

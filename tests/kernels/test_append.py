@@ -75,6 +75,15 @@ def packed_store(rows: int, heads: int, tokens: int, size: int, rounding: Roundi
 
 def check_store(store: PackedStates, rounding: Rounding, old: Tensor, step: Step) -> None:
     """Row by row: the token as Affine encodes it in its place, and nothing elsewhere."""
+    check_tokens(store, rounding, old, step.bits, step.places)
+    for tensor in parts(store):
+        assert (whole(tensor) == UNTOUCHED).all()
+
+
+def check_tokens(
+    store: PackedStates, rounding: Rounding, states: Tensor, bits: Tensor, places: Tensor
+) -> None:
+    """A token of each row (B, H, D) is in its place as Affine encodes it; there it is wiped out."""
     codec = Affine(
         rounding.bits,
         rounding.group,
@@ -82,16 +91,18 @@ def check_store(store: PackedStates, rounding: Rounding, old: Tensor, step: Step
         clip=rounding.clip,
         clip_mode=rounding.clip_mode,
     )
-    tensors = [t for t in (store.codes, store.scale, store.zero) if t is not None]
-    for row, bits in enumerate(step.bits.tolist()):
-        if bits == store.bits:
-            place = int(step.places[row])
-            encoded = codec.encode(old[row, None, :, None].cpu())
-            for tensor, expected in zip(tensors, encoded, strict=True):
+    for row, precision in enumerate(bits.tolist()):
+        if precision == store.bits:
+            place = int(places[row])
+            encoded = codec.encode(states[row, None, :, None].cpu())
+            for tensor, expected in zip(parts(store), encoded, strict=True):
                 assert torch.equal(tensor[row, :, place].cpu(), expected[0, :, 0])
                 tensor[row, :, place] = UNTOUCHED
-    for tensor in tensors:
-        assert (whole(tensor) == UNTOUCHED).all()
+
+
+def parts(store: PackedStates) -> list[Tensor]:
+    """Codes, scale and zero, if there is one."""
+    return [t for t in (store.codes, store.scale, store.zero) if t is not None]
 
 
 def whole(view: Tensor) -> Tensor:
@@ -212,3 +223,33 @@ def test_a_graph_replays_an_append() -> None:
     for ours, eager in zip(first[1:], second[1:], strict=True):
         assert torch.equal(ours.codes, eager.codes)
         assert torch.equal(ours.scale, eager.scale)
+
+
+@pytest.mark.parametrize("scatter", [reference.scatter, kernels.scatter])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_token_of_a_prompt_goes_to_its_store(
+    scatter: Callable[..., None], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    rows, heads, tokens, size = 3, 5, 7, 64
+    # As a projection gives them: a row's tokens lie behind one another, heads side by side.
+    states = torch.randn(rows, tokens, heads, size, device=DEVICE).to(dtype).transpose(1, 2)
+    bits = torch.randint(0, 4, (rows, tokens), device=DEVICE)
+    bits = torch.tensor([0, 2, 4, 16], dtype=torch.int32, device=DEVICE)[bits]
+    places = torch.stack([torch.randperm(tokens) for _ in range(rows)]).int().to(DEVICE)
+    places[bits == 0] = -1000
+    exact = gapped(rows, heads, tokens, size, dtype=dtype)
+    stores = [packed_store(rows, heads, tokens, size, rounding) for rounding in (TWO, FOUR)]
+    scatter(states, [*stores, exact], (TWO, FOUR, None), bits, places)
+    for row, token in (bits == 16).nonzero().tolist():
+        place = int(places[row, token])
+        assert torch.equal(exact[row, :, place], states[row, :, token])
+        exact[row, :, place] = UNTOUCHED
+    assert (whole(exact) == UNTOUCHED).all()
+    for token in range(tokens):  # token by token: what is right is emptied, so nothing may be left
+        here = [x[:, token].contiguous() for x in (bits, places)]
+        for store, rounding in zip(stores, (TWO, FOUR), strict=True):
+            check_tokens(store, rounding, states[:, :, token], *here)
+    for store in stores:
+        for tensor in parts(store):
+            assert (whole(tensor) == UNTOUCHED).all()

@@ -1,0 +1,189 @@
+"""Where the time of a decode step and of a micro-batch of prompts goes, kernel by kernel.
+
+The whole batch gets its prompts and half of its answers first, so that every row has the length
+that it has in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import torch
+
+from kvbench.cache.quantized import resolve
+from kvbench.efficiency.engine import StaticEngine, make_engine
+from kvbench.efficiency.prompts import micro_batches
+from kvbench.efficiency.request import TrialRequest
+from kvbench.efficiency.scenario import Scenario, prompts_at_once, workload_of
+from kvbench.efficiency.trial import bound_method, load_model
+from kvbench.errors import UserError
+from kvbench.evaluation.choices import choose_methods
+from kvbench.kernels.states import Span, States
+from kvbench.models.find import find_model
+
+ATTENTION = "attend"
+"""The kernel of `kvbench.kernels.attention_triton` that has one launch a span."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's run on the device, in milliseconds from any origin."""
+
+    name: str
+    start: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """A kernel in one step (or micro-batch): how often it runs, and its milliseconds in all."""
+
+    name: str
+    launches: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Kernels, longest first, and the time from the first's start to the last's end, both a pass.
+
+    `ms` of several kernels can add up to more than `span_ms` where they overlap, and to less where
+    the device waits between them.
+    """
+
+    title: str
+    span_ms: float
+    kernels: tuple[KernelTime, ...]
+
+
+def step_requests(
+    model: str, methods: str, batch: int, input_tokens: int, output_tokens: int, dtype: str
+) -> Iterator[TrialRequest]:
+    """What `profile_step` takes, for each of `methods`.
+
+    Raises:
+        UserError: There is no such model or method, or it can't have such prompts.
+    """
+    entry = find_model(model)
+    for choice in choose_methods(methods):
+        scenario = Scenario(model, choice.spec, input_tokens, output_tokens, batch=batch)
+        yield TrialRequest(
+            model,
+            choice.spec,
+            workload_of(scenario, entry),
+            "engine",
+            dtype=entry.dtype if dtype == "auto" else dtype,
+            prefill_rows=prompts_at_once(input_tokens),
+        )
+
+
+def profile_step(request: TrialRequest, steps: int = 8) -> list[Profile]:
+    """Profile one micro-batch of prompts and `steps` decode steps of a request.
+
+    Raises:
+        UserError: There is no CUDA device, no such model or method, or the method has no static
+            engine.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("kvbench bench step needs a CUDA device; none was found.")
+    model, entry, _ = load_model(request)
+    bound = bound_method(request, model, entry, resolve(request.method))
+    engine = make_engine(model, bound, request.workload)
+    if not isinstance(engine, StaticEngine):
+        raise UserError(f"{request.method} has no static engine to profile ({engine.path}).")
+    layers = range(len(engine.cache.layers))
+    labels = [span_label(span) for index in layers for span in engine.cache.spans(index)]
+    prompts = list(micro_batches(model, request.workload, request.prefill_rows, request.seed))
+    engine.prefill(0, prompts[0])  # compiles
+    engine.forget()
+    first = len(prompts[0]["input_ids"])
+    prompt = _profiled(f"{first} prompts", lambda: engine.prefill(0, prompts[0]), 1, [])
+    done = first
+    for some in prompts[1:]:
+        engine.prefill(done, some)
+        done += len(some["input_ids"])
+    for _ in range(max(request.workload.output_tokens // 2 - steps, 0)):
+        engine.decode()
+    title = f"a decode step of {done} rows"
+    return [prompt, _profiled(title, engine.decode, steps, labels)]
+
+
+def span_label(span: Span) -> str:
+    """Bits of keys and values: what tells the spans of a layer apart."""
+    keys, values = _bits(span.keys), _bits(span.values)
+    return f"{keys}-bit" if keys == values else f"{keys}-bit keys, {values}-bit values"
+
+
+def summed(launches: Iterable[Launch], passes: int, labels: Sequence[str]) -> Iterator[KernelTime]:
+    """Launches by short name, a pass; those of `ATTENTION` in the order of `labels`, in rounds."""
+    times: dict[str, list[float]] = {}
+    of_span = cycle(labels) if labels else cycle([""])
+    for launch in sorted(launches, key=lambda launch: launch.start):
+        name = short_name(launch.name)
+        if name == ATTENTION:
+            name = f"{name} {next(of_span)}".rstrip()
+        times.setdefault(name, []).append(launch.ms)
+    totals = sorted(times.items(), key=lambda item: -sum(item[1]))
+    for name, each in totals:
+        yield KernelTime(name, len(each) / passes, sum(each) / passes)
+
+
+def short_name(name: str) -> str:
+    """``void at::native::reduce_kernel<512, ...>(...)`` is ``reduce_kernel``."""
+    bare = re.split(r"[<(]", name.removeprefix("void ").strip(), maxsplit=1)[0]
+    return bare.rsplit("::", 1)[-1].strip() or name
+
+
+def table(profiles: Iterable[Profile], most: int = 16) -> str:
+    """Profiles as text, the `most` longest kernels of each."""
+    from tabulate import tabulate
+
+    blocks = []
+    for profile in profiles:
+        busy = sum(kernel.ms for kernel in profile.kernels)
+        lines = [
+            (kernel.name, f"{kernel.launches:.0f}", f"{kernel.ms:.3f}", f"{kernel.ms / busy:.0%}")
+            for kernel in profile.kernels[:most]
+        ]
+        rest = sum(kernel.ms for kernel in profile.kernels[most:])
+        lines.append(("the rest", "", f"{rest:.3f}", f"{rest / busy:.0%}"))
+        head = f"{profile.title}: {profile.span_ms:.2f} ms, kernels {busy:.2f} ms"
+        columns = ("kernel", "launches", "ms", "share")
+        blocks.append(head + "\n\n" + tabulate(lines, columns, disable_numparse=True))
+    return "\n\n".join(blocks)
+
+
+def _profiled(
+    title: str, work: Callable[[], object], passes: int, labels: Sequence[str]
+) -> Profile:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recorded
+
+    torch.cuda.synchronize()
+    with recorded(activities=[ProfilerActivity.CUDA]) as record:
+        for _ in range(passes):
+            work()
+        torch.cuda.synchronize()
+    launches = [_launch(event) for event in record.events() if _is_kernel(event)]
+    if not launches:
+        raise UserError("the profiler recorded no kernel: it may need rights that this user lacks.")
+    start = min(launch.start for launch in launches)
+    end = max(launch.start + launch.ms for launch in launches)
+    return Profile(title, (end - start) / passes, tuple(summed(launches, passes, labels)))
+
+
+def _is_kernel(event: Any) -> bool:
+    return event.device_type == torch.autograd.DeviceType.CUDA
+
+
+def _launch(event: Any) -> Launch:
+    start, end = event.time_range.start / 1e3, event.time_range.end / 1e3
+    return Launch(event.name, start, end - start)
+
+
+def _bits(states: States) -> int:
+    return 16 if isinstance(states, torch.Tensor) else states.bits
