@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbench.kernels.launch import use_triton, where_it_is
-from kvbench.kernels.states import PackedStates, Span, States, taken
+from kvbench.kernels.states import PackedStates, Span, States, states_of, taken
 
 MAX_HEADS = 16
 """Query heads of a key head, for the kernels."""
@@ -85,6 +85,8 @@ def reference(
 
 def unsupported(query: Tensor, spans: Sequence[Span]) -> str | None:
     """One sentence on why the kernels can't read these spans, None if they can. No device work."""
+    if query.dtype == torch.float64:
+        return "The query is float64, and the kernels add up in float32."
     for span in spans:
         heads = query.shape[1] // states_of(span.keys).shape[1]
         if heads > MAX_HEADS:
@@ -118,11 +120,6 @@ def _unsupported_side(channels: int, states: States) -> str | None:
     if groups > planes and words % (groups // planes):
         return f"have {groups} groups a token, which cut 16-bit words"
     return None
-
-
-def states_of(states: States) -> Tensor:
-    """Exact states or packed codes: (B, H, N, ...)."""
-    return states if isinstance(states, Tensor) else states.codes
 
 
 def split_count(query: Tensor, spans: Sequence[Span]) -> int:

@@ -13,37 +13,36 @@ from torch import Tensor
 from kvbench.kernels.attention_steps_triton import Shape
 from kvbench.kernels.attention_triton import attend, merge
 from kvbench.kernels.attention_unpack_triton import FLOAT, INTEGER, SYMMETRIC, Side
-from kvbench.kernels.states import Span, States
+from kvbench.kernels.states import Span, States, states_of
 
 # The interpreter and AMD's compiler know no PTX.
 PLAIN = not isinstance(attend, triton.JITFunction) or torch.version.hip is not None
 
 
 class Tuning(NamedTuple):
-    """How a span's launch is cut: tokens a step, warps a program, stages, registers a thread."""
+    """How the reading of a span is cut: tokens a step, warps a program, stages."""
 
     tile: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
-TUNINGS = {
+SHARED = {
     1: Tuning(64, 1, 3),
     2: Tuning(64, 1, 3),
     4: Tuning(64, 1, 2),
     8: Tuning(64, 1, 2),
     16: Tuning(32, 1, 3),
 }
-"""What was fastest on an H100, by the bits of a span's wider side."""
-TWO_BITS_ALONE = Tuning(64, 1, 2, 128)
-"""At 2 bits where each query head has a key head of its own: more programs at a time win."""
+"""What is fastest on an H200 by the bits of a span's wider side (`kvbench bench tunings`)."""
+ALONE = {**SHARED, 2: Tuning(128, 1, 2), 4: Tuning(128, 1, 3), 16: Tuning(16, 1, 3)}
+"""The same where each query head has a key head of its own."""
 
 
 def tuning_of(span: Span, copies: int) -> Tuning:
     """The tuning for a span whose key heads serve `copies` query heads each."""
     bits = max(16 if isinstance(s, Tensor) else s.bits for s in (span.keys, span.values))
-    return TWO_BITS_ALONE if bits == 2 and copies == 1 else TUNINGS[bits]
+    return (ALONE if copies == 1 else SHARED)[bits]
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,15 @@ def decode(
 ) -> None:
     """Write the answer to out (B, Hq, D); the kernels must be able to read all spans."""
     rows, heads, channels = question.query.shape
-    key_heads = (spans[0].keys if isinstance(spans[0].keys, Tensor) else spans[0].keys.codes).shape[
-        1
-    ]
-    tunings = tunings or [tuning_of(span, heads // key_heads) for span in spans]
+    copies = heads // states_of(spans[0].keys).shape[1]
+    tunings = tunings or [tuning_of(span, copies) for span in spans]
     slots = splits * len(spans)
     if slots == 1:
-        _launch(question, spans[0], out[:, :, None], None, tunings[0])
+        _launch(question, spans, out[:, :, None], None, splits, tunings)
         return
     parts = out.new_empty((rows, heads, slots, channels), dtype=torch.float32)
     lse = out.new_empty((rows, heads, slots), dtype=torch.float32)
-    for i, (span, tuning) in enumerate(zip(spans, tunings, strict=True)):
-        mine = slice(i * splits, (i + 1) * splits)
-        _launch(question, span, parts[:, :, mine], lse[:, :, mine], tuning)
+    _launch(question, spans, parts, lse, splits, tunings)
     widths = triton.next_power_of_2(channels), triton.next_power_of_2(slots)
     merge[(rows * heads,)](
         parts, lse, out, out.stride()[:2], heads, slots, channels, *widths, num_warps=1
@@ -86,45 +81,62 @@ def decode(
 
 
 def _launch(
-    question: Question, span: Span, out: Tensor, lse: Tensor | None, tuning: Tuning
+    question: Question,
+    spans: Sequence[Span],
+    out: Tensor,
+    lse: Tensor | None,
+    splits: int,
+    tunings: Sequence[Tuning],
 ) -> None:
-    """One span; out (B, Hq, slots, D) and lse (B, Hq, slots) are its own slots."""
-    rows, heads, channels = question.query.shape
-    key_heads = (span.keys if isinstance(span.keys, Tensor) else span.keys.codes).shape[1]
-    keys, values = side_of(span.keys, span.key_starts), side_of(span.values, span.value_starts)
-    columns = span.columns if question.window is not None else None
-    shape = shape_of(
-        heads // key_heads,
-        channels,
-        keys,
-        tuning,
-        question.softcap is not None,
-        columns is not None,
-    )
-    attend[(rows * key_heads, out.shape[2])](
+    """All spans; out is (B, Hq, slots, D) and lse (B, Hq, slots)."""
+    rows, heads, _ = question.query.shape
+    key_heads = states_of(spans[0].keys).shape[1]
+    attend[(rows * key_heads * out.shape[2],)](
         (question.query, *question.query.stride()[:2]),
-        _arguments(span.keys, span.key_starts),
-        _arguments(span.values, span.value_starts),
-        span.lengths,
-        (None, 0, None) if columns is None else (columns, columns.stride(0), question.columns),
+        tuple(_span_arguments(span) for span in spans),
+        question.columns if question.window is not None else None,
         (question.scaling, question.softcap or 0.0, question.window or 0),
         (out, *out.stride()[:3]),
         (None, 0, 0) if lse is None else (lse, *lse.stride()[:2]),
         key_heads,
-        keys,
-        values,
-        shape,
-        num_warps=tuning.warps,
-        maxnreg=tuning.registers,
+        splits,
+        tuple(
+            _layout(question, span, heads // key_heads, tuning)
+            for span, tuning in zip(spans, tunings, strict=True)
+        ),
+        num_warps=max(tuning.warps for tuning in tunings),
     )
 
 
-def _arguments(states: States, starts: Tensor | None) -> tuple[Any, ...]:
-    """A side as `side_at` takes it: codes as 16-bit words, any tensor for what isn't there."""
+def _span_arguments(span: Span) -> tuple[Any, ...]:
+    """A span as the kernel takes it: any tensor for what isn't there."""
+    columns = span.lengths[:, None] if span.columns is None else span.columns
+    return (
+        _arguments(span.keys, span.key_starts, span.lengths),
+        _arguments(span.values, span.value_starts, span.lengths),
+        span.lengths,
+        columns,
+        columns.stride(0),
+    )
+
+
+def _layout(
+    question: Question, span: Span, copies: int, tuning: Tuning
+) -> tuple[Side, Side, Shape]:
+    """What the kernel knows of a span when it is compiled."""
+    keys, values = side_of(span.keys, span.key_starts), side_of(span.values, span.value_starts)
+    windowed = question.window is not None and span.columns is not None
+    softcap, channels = question.softcap is not None, question.query.shape[2]
+    return keys, values, shape_of(copies, channels, keys, tuning, softcap, windowed)
+
+
+def _arguments(states: States, starts: Tensor | None, nothing: Tensor) -> tuple[Any, ...]:
+    """A side as `side_at` takes it, codes as 16-bit words; `nothing` where there are no starts."""
+    starts = nothing if starts is None else starts
     if isinstance(states, Tensor):
-        nothing = (0, 0, 0)
+        no_strides = (0, 0, 0)
         tensors = states, states, states
-        return *tensors, starts, states.shape[2], states.stride()[:3], nothing, nothing
+        return *tensors, starts, states.shape[2], states.stride()[:3], no_strides, no_strides
     codes = states.codes.view(torch.int16)
     scale, zero = states.scale, states.scale if states.zero is None else states.zero
     strides = codes.stride()[:3], scale.stride()[:3], zero.stride()[:3]

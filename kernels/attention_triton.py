@@ -1,4 +1,7 @@
-"""Decode attention in Triton: one span a launch, one program a row, key head and split.
+"""Decode attention in Triton: one launch for all spans, a program a row, key head, span and split.
+
+Reading packed spans keeps a multiprocessor's arithmetic busy and exact spans its memory, so the
+programs of a row's spans stand side by side in the grid and run at the same time.
 
 Codes go through shared memory packed and are unpacked in registers (attention_unpack_triton), where
 tensor cores take them from (attention_steps_triton).
@@ -42,15 +45,20 @@ from kvbench.kernels.attention_unpack_triton import (
 
 @triton.jit
 def tile_range(
-    length: tl.tensor, start: tl.tensor, ALIGN: tl.constexpr, SHAPE: tl.constexpr
+    length: tl.tensor,
+    start: tl.tensor,
+    split: tl.tensor,
+    splits: int,
+    ALIGN: tl.constexpr,
+    SHAPE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """First and last place of this program's tiles, and the token that stands at place 0.
+    """First and last place of a split's tiles, and the token that stands at place 0.
 
     With groups along tokens, tiles begin where groups do, so the first may begin before the start.
     """
     before = start % SHAPE.tile if ALIGN else 0
-    chunk = tl.cdiv(tl.cdiv(length + before, tl.num_programs(1)), SHAPE.tile) * SHAPE.tile
-    low = tl.program_id(1) * chunk
+    chunk = tl.cdiv(tl.cdiv(length + before, splits), SHAPE.tile) * SHAPE.tile
+    low = split * chunk
     return low, tl.minimum(low + chunk, length + before), before
 
 
@@ -139,34 +147,78 @@ def scores_of(
 @triton.jit
 def attend(
     query: tl.tuple,
-    keys: tl.tuple,
-    values: tl.tuple,
-    lengths: tl.tensor,
-    columns: tl.tuple,
+    spans: tl.tuple,
+    column: tl.tensor,
     limits: tl.tuple,
     out: tl.tuple,
     lse: tl.tuple,
     key_heads: int,
+    splits: int,
+    SPANS: tl.constexpr,
+) -> None:
+    """All spans, a split of one of them a program; grid (rows · key heads · spans · splits,).
+
+    query (B, Hq, D), out (B, Hq, slots, D) and lse (B, Hq, slots): a tensor and its strides but the
+    last; a span's slots, one a split, stand behind those of the spans before it; lse is base two,
+    or None if there's one slot in all. spans: see `attend_span`. column: the query's (B,), or None.
+    limits: scaling, softcap, window. SPANS: for each span the layouts of keys and values, and the
+    shape.
+    """
+    slots = len(SPANS) * splits
+    program = tl.program_id(0)
+    row, head = program // slots // key_heads, program // slots % key_heads
+    slot = program % slots
+    for i in tl.static_range(len(SPANS)):
+        if slot // splits == i:
+            attend_span(
+                query,
+                spans[i],
+                column,
+                limits,
+                out,
+                lse,
+                row,
+                head,
+                slot,
+                splits,
+                SPANS[i][0],
+                SPANS[i][1],
+                SPANS[i][2],
+            )
+
+
+@triton.jit
+def attend_span(
+    query: tl.tuple,
+    span: tl.tuple,
+    column: tl.tensor,
+    limits: tl.tuple,
+    out: tl.tuple,
+    lse: tl.tuple,
+    row: tl.tensor,
+    head: tl.tensor,
+    slot: tl.tensor,
+    splits: int,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     SHAPE: tl.constexpr,
 ) -> None:
-    """One split of one span for the query heads of one key head; grid (rows · key heads, splits).
+    """One split of one span for the query heads of one key head of one row.
 
-    query (B, Hq, D), out (B, Hq, slots, D) and lse (B, Hq, slots): a tensor and its strides but the
-    last; slots begin at this span's first, one a split; lse is base two, or None if there's one
-    slot in all. keys and values: see `side_at`. columns: the tokens' (B, N), its stride, the
-    query's (B,). limits: scaling, softcap, window.
+    span: keys and values (see `side_at`), lengths (B,), and with a window the tokens' columns (B,
+    N) and their stride.
     """
-    row, head = tl.program_id(0) // key_heads, tl.program_id(0) % key_heads
+    keys, values, lengths, columns, columns_stride = span
     key, value = side_at(keys, row, head, KEYS), side_at(values, row, head, VALUES)
-    low, high, before = tile_range(tl.load(lengths + row), key[3], KEYS.tokens > 0, SHAPE)
+    low, high, before = tile_range(
+        tl.load(lengths + row), key[3], slot % splits, splits, KEYS.tokens > 0, SHAPE
+    )
     heads = tl.arange(0, SHAPE.rows) % (SHAPE.rows // SHAPE.streams)
     first = head * SHAPE.heads
     places = query[0] + row.to(tl.int64) * query[1] + (first + heads[None, :]) * query[2]
     question = prepared(places, heads, KEYS, SHAPE, key[0].dtype.element_ty)
     largest, total, sums, shares = nothing_yet(VALUES, SHAPE)
-    oldest = tl.load(columns[2] + row) - limits[2] if SHAPE.window else 0
+    oldest = tl.load(column + row) - limits[2] if SHAPE.window else 0
     TILE: tl.constexpr = SHAPE.tile
     own, every = own_tokens(SHAPE), tl.arange(0, TILE)
     for tile_start in tl.range(low, high, TILE, num_stages=SHAPE.stages):
@@ -176,8 +228,8 @@ def attend(
         blocks = (tile + every) // 8 * 8 < high
         scores, rows = scores_of(question, key, tile, before, inside, blocks, KEYS, SHAPE)
         if SHAPE.window:
-            column = tl.load(columns[0] + row * columns[1] + rows, mask=inside, other=0)
-            valid = valid & spread(column > oldest, SHAPE)
+            seen = tl.load(columns + row * columns_stride + rows, mask=inside, other=0) > oldest
+            valid = valid & spread(seen, SHAPE)
         scores = scores * (question[3] * limits[0])[:, None]
         p, decay, largest, total = softmax_step(scores, valid, largest, total, limits[1], SHAPE)
         rows = wrapped(tile - before + every, value[3], value[4], VALUES.starts)
@@ -190,11 +242,11 @@ def attend(
             )
         sums = add_values(sums, decay, slices_of(words, VALUES, SHAPE.plain), operands, VALUES)
     weight, log = stream_factors(largest, total, SHAPE)
-    answer = out[0] + row.to(tl.int64) * out[1] + first * out[2] + tl.program_id(1) * out[3]
+    answer = out[0] + row.to(tl.int64) * out[1] + first * out[2] + slot * out[3]
     store_result(answer, out[2], sums, shares, weight, VALUES, SHAPE)
     if lse[0] is not None:
         heads = tl.arange(0, SHAPE.rows // SHAPE.streams)
-        logs = lse[0] + row * lse[1] + (first + heads) * lse[2] + tl.program_id(1)
+        logs = lse[0] + row * lse[1] + (first + heads) * lse[2] + slot
         tl.store(logs, log, mask=heads < SHAPE.heads)
 
 
@@ -225,43 +277,42 @@ def merge(
     tl.store(place_out, total.to(out.dtype.element_ty), mask=dims < D)
 
 
-def compile_examples() -> list[tuple[Any, dict[str, Any], dict[str, Any], int]]:
+def compile_examples() -> list[tuple[Any, dict[str, Any], dict[Any, Any], int]]:
     """Kernel, types of its arguments, constants and warps, for ahead-of-time compilation."""
-    examples = []
-    strides = ("i32", "i32", "i32")
     exact, tail = Side(16, words=128, width=128), Side(16, words=128, width=128, starts=True)
     packed = Side(2, 2, words=16, width=16, blocks=True)
     kivi = Side(2, 1, words=16, width=16, tokens=32, starts=True)
     groups = Side(4, 0, groups=4, parts=2, words=16, width=16)
-    for keys, values, heads, rich in (
-        (packed, packed, 1, False),
-        (packed, groups, 4, True),
-        (kivi, tail, 1, False),
-        (exact, exact, 7, True),
-    ):
-        types: dict[str, Any] = {"query": ("*fp16", "i32", "i32"), "out": ("*fp16", *strides)}
-        types |= {"lengths": "*i32", "key_heads": "i32"}
-        types |= {"limits": ("fp32", "fp32", "i32")}
-        constants: dict[Any, Any] = {}
-        for place_of, name, side in ((1, "keys", keys), (2, "values", values)):
-            states = "*fp16" if side.bits == 16 else "*i16"
-            zero = "*i16" if side.zero == INTEGER.value else "*fp16"
-            starts = "*i32" if side.starts else "constexpr"
-            types[name] = (states, "*fp16", zero, starts, "i32", strides, strides, strides)
-            if not side.starts:
-                constants[place_of, 3] = None
-        if rich:
-            types |= {"columns": ("*i32", "i32", "*i32")}
-            types |= {"lse": ("*fp32", "i32", "i32")}
-        else:
-            types |= {"columns": ("constexpr", "i32", "constexpr")}
-            types |= {"lse": ("constexpr", "i32", "i32")}
-            constants |= {(4, 0): None, (4, 2): None, (7, 0): None}
-        copies = triton.next_power_of_2(heads)
-        shape = Shape(128, heads, 8, min(8 // copies, 4), 32, 3, rich, rich, False)
-        constants |= {"KEYS": keys, "VALUES": values, "SHAPE": shape}
-        examples.append((attend, types, constants, 1))
-    types = {"parts": "*fp32", "lse": "*fp32", "out": "*fp16", "out_strides": strides[:2]}
-    types |= {"heads": "i32", "slots": "i32"}
-    examples.append((merge, types, {"D": 128, "WIDTH": 128, "SLOTS": 8}, 1))
-    return examples
+    examples = [
+        _example(((packed, packed),), 1, False),
+        _example(((packed, groups), (exact, exact)), 4, True),
+        _example(((kivi, tail), (packed, packed), (tail, tail)), 1, False),
+        _example(((exact, exact),), 7, True),
+    ]
+    types: dict[str, Any] = {"parts": "*fp32", "lse": "*fp32", "out": "*fp16"}
+    types |= {"out_strides": ("i32", "i32"), "heads": "i32", "slots": "i32"}
+    return [*examples, (merge, types, {"D": 128, "WIDTH": 128, "SLOTS": 8}, 1)]
+
+
+def _example(
+    sides: tuple[tuple[Side, Side], ...], heads: int, rich: bool
+) -> tuple[Any, dict[str, Any], dict[Any, Any], int]:
+    """A launch over spans of such keys and values; rich: with soft cap, window and log sums."""
+    strides = ("i32", "i32", "i32")
+    types: dict[str, Any] = {"query": ("*fp16", "i32", "i32"), "out": ("*fp16", *strides)}
+    types |= {"limits": ("fp32", "fp32", "i32"), "key_heads": "i32", "splits": "i32"}
+    types |= {"column": "*i32" if rich else "constexpr"}
+    types |= {"lse": ("*fp32" if rich else "constexpr", "i32", "i32")}
+    constants: dict[Any, Any] = {} if rich else {(2,): None, (5, 0): None}
+    spans = [(*map(_side_types, pair), "*i32", "*i32", "i32") for pair in sides]
+    copies = triton.next_power_of_2(heads)
+    shape = Shape(128, heads, 8, min(8 // copies, 4), 32, 3, rich, rich, False)
+    constants["SPANS"] = tuple((*pair, shape) for pair in sides)
+    return attend, {**types, "spans": tuple(spans)}, constants, 1
+
+
+def _side_types(side: Side) -> tuple[Any, ...]:
+    strides = ("i32", "i32", "i32")
+    states = "*fp16" if side.bits == 16 else "*i16"
+    zero = "*i16" if side.zero == INTEGER.value else "*fp16"
+    return states, "*fp16", zero, "*i32", "i32", strides, strides, strides

@@ -89,6 +89,11 @@ class Span:
     """(B, N) int32."""
 
 
+def states_of(states: States) -> Tensor:
+    """Exact states or packed codes: (B, H, N, ...)."""
+    return states if isinstance(states, Tensor) else states.codes
+
+
 def exact(states: States) -> Tensor:
     """States as a plain tensor."""
     return states if isinstance(states, Tensor) else states.dequantized()

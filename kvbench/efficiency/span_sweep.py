@@ -7,7 +7,7 @@ that is compiled depends on the number of rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,28 +17,32 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvbench.efficiency.bench import Case, Part, graphed, in_turns, nbytes, spans_of
+from kvbench.efficiency.bench import Case, Part, error_of, graphed, in_turns, nbytes, spans_of
 from kvbench.efficiency.ceilings import copy_bandwidth
 from kvbench.errors import UserError
 
 if TYPE_CHECKING:
     from kvbench.kernels.attention_launch import Tuning
 
+    Tunings = tuple[Tuning, ...]
 
-def _case(bits: int, batch: int, key_heads: int, tokens: int) -> Case:
-    name = f"{bits}-bit, B {batch}, H 32/{key_heads}, T {tokens}"
-    return Case(name, batch, 32, key_heads, (Part(tokens, bits, bits),))
+
+def _case(batch: int, key_heads: int, *parts: tuple[int, int]) -> Case:
+    """Parts are bits and tokens."""
+    name = " and ".join(f"{bits}-bit T {tokens}" for bits, tokens in parts)
+    spans = tuple(Part(tokens, bits, bits) for bits, tokens in parts)
+    return Case(f"{name}, B {batch}, H 32/{key_heads}", batch, 32, key_heads, spans)
 
 
 SWEPT = (
-    _case(2, 64, 32, 2048),
-    _case(2, 347, 32, 730),
-    _case(2, 129, 32, 4112),
-    _case(2, 64, 8, 4096),
-    _case(4, 64, 32, 2048),
-    _case(4, 64, 8, 4096),
-    _case(16, 64, 32, 856),
-    _case(16, 347, 32, 143),
+    _case(64, 32, (2, 2048)),
+    _case(64, 8, (2, 4096)),
+    _case(64, 32, (4, 2048)),
+    _case(64, 8, (4, 4096)),
+    _case(64, 32, (16, 856)),
+    _case(64, 8, (16, 856)),
+    _case(347, 32, (2, 730), (16, 143)),
+    _case(129, 32, (2, 4112), (16, 143)),
 )
 """Shapes of the published tables, and what AKVQ-VL's layers read at their largest batches."""
 SHOWN = 5
@@ -49,24 +53,32 @@ COMPILERS = 12
 
 @dataclass(frozen=True)
 class Timed:
-    """A tuning of a case, its milliseconds and its share of the copy bandwidth."""
+    """A tuning for each of a case's spans, milliseconds, share of copy bandwidth, and error.
+
+    The error is relative, against float32 attention on the dequantized cache.
+    """
 
     case: str
-    tuning: Tuning
+    tunings: Tunings
     ms: float
     share_of_copy: float
+    error: float
 
 
-def tunings_of(bits: int) -> Iterator[Tuning]:
-    """Worth a try: tokens a step, warps, stages, and where codes are unpacked also registers."""
+def tunings_of(case: Case) -> Iterator[Tunings]:
+    """Worth a try: tokens a step, warps and stages; only what is likely where spans are several."""
     from kvbench.kernels.attention_launch import Tuning
 
-    tiles = (16, 32, 64) if bits == 16 else (32, 64, 128)
-    for tile, warps, stages in product(tiles, (1, 2), (1, 2, 3, 4)):
-        yield Tuning(tile, warps, stages)
-    if bits < 16:
-        for tile, stages, registers in product((32, 64), (1, 2, 3), (80, 96, 112, 128)):
-            yield Tuning(tile, 1, stages, registers)
+    single = len(case.parts) == 1
+    choices = []
+    for part in case.parts:
+        exact = part.key_bits == 16
+        if single:
+            grid = product((16, 32, 64) if exact else (32, 64, 128), (1, 2), (1, 2, 3, 4))
+        else:
+            grid = product((16, 32) if exact else (64, 128), (1,), (2, 3))
+        choices.append([Tuning(*each) for each in grid])
+    yield from product(*choices)
 
 
 def sweep(name: str = "") -> Iterator[list[Timed]]:
@@ -93,49 +105,67 @@ def table(timed: Sequence[Timed]) -> str:
     from tabulate import tabulate
 
     lines = [
-        (*one.tuning[:3], one.tuning.registers or "", f"{one.ms:.4f}", f"{one.share_of_copy:.0%}")
+        (
+            "; ".join(str(tuple(tuning)) for tuning in one.tunings),
+            f"{one.ms:.4f}",
+            f"{one.share_of_copy:.0%}",
+            f"{one.error:.1e}",
+        )
         for one in timed
     ]
-    columns = ("tile", "warps", "stages", "registers", "ms", "of copy")
+    columns = ("tile, warps, stages of each span", "ms", "of copy", "error")
     return timed[0].case + "\n\n" + tabulate(lines, columns, disable_numparse=True)
 
 
 def _compile_all(cases: Sequence[Case]) -> None:
-    distinct = {(case.parts, case.heads // case.key_heads): case for case in cases}
+    distinct = {(*(part.key_bits for part in case.parts), case.key_heads): case for case in cases}
     work = [
-        (replace(case, batch=1), tuning)
+        (replace(case, batch=1), tunings)
         for case in distinct.values()
-        for tuning in tunings_of(case.parts[0].key_bits)
+        for tunings in tunings_of(case)
     ]
     count = min(os.cpu_count() or 1, COMPILERS)
     with ProcessPoolExecutor(count, get_context("spawn")) as pool:
         list(pool.map(_compile, [work[place::count] for place in range(count)]))
 
 
-def _compile(work: Sequence[tuple[Case, Tuning]]) -> None:
-    for case, tuning in work:
-        _runs(_launches(case, [tuning])[tuning])
+def _compile(work: Sequence[tuple[Case, Tunings]]) -> None:
+    for case, tunings in work:
+        _runs(_Launch(case), tunings)
 
 
-def _launches(case: Case, tunings: Sequence[Tuning]) -> dict[Tuning, Callable[[], object]]:
-    """The case's launch in every tuning, over one and the same cache."""
-    from kvbench.kernels.attention import split_count
-    from kvbench.kernels.attention_launch import Question, decode
+class _Launch:
+    """A case's decode attention, in any tuning, over one and the same cache."""
 
-    spans = spans_of(case)
-    shape = (case.batch, case.heads, case.channels)
-    query = torch.randn(shape, dtype=torch.float16, device="cuda")
-    question, splits = Question(query, case.channels**-0.5), split_count(query, spans)
-    out = torch.empty_like(query)
-    return {tuning: partial(decode, question, spans, out, splits, [tuning]) for tuning in tunings}
+    def __init__(self, case: Case) -> None:
+        from kvbench.kernels.attention import split_count
+        from kvbench.kernels.attention_launch import Question
+
+        torch.manual_seed(0)
+        self.spans = spans_of(case)
+        shape = (case.batch, case.heads, case.channels)
+        self.query = torch.randn(shape, dtype=torch.float16, device="cuda")
+        self.out = torch.empty_like(self.query)
+        self._question = Question(self.query, case.channels**-0.5)
+        self._splits = split_count(self.query, self.spans)
+
+    def __call__(self, tunings: Tunings) -> None:
+        from kvbench.kernels.attention_launch import decode
+
+        decode(self._question, self.spans, self.out, self._splits, tunings)
+
+    def error(self, tunings: Tunings) -> float:
+        self.out.fill_(torch.nan)
+        self(tunings)
+        return error_of(self.query, self.spans, self.out)
 
 
-def _runs(work: Callable[[], object]) -> bool:
+def _runs(launch: _Launch, tunings: Tunings) -> bool:
     """Whether the GPU can run a launch: one may ask for more than a multiprocessor has."""
     from triton.runtime.errors import OutOfResources, PTXASError
 
     try:
-        work()
+        launch(tunings)
         torch.cuda.synchronize()
     except (OutOfResources, PTXASError):
         return False
@@ -144,13 +174,17 @@ def _runs(work: Callable[[], object]) -> bool:
 
 def _fastest(case: Case, bandwidth: float) -> list[Timed]:
     """Time all tunings once, and the fastest of them again in turns."""
-    launches = _launches(case, list(tunings_of(case.parts[0].key_bits)))
-    graphs = {tuning: graphed(work) for tuning, work in launches.items() if _runs(work)}
+    launch = _Launch(case)
+    graphs = {
+        tunings: graphed(partial(launch, tunings))
+        for tunings in tunings_of(case)
+        if _runs(launch, tunings)
+    }
     once = in_turns(graphs, turns=1)
-    best = sorted(once, key=lambda tuning: once[tuning])[:SHOWN]
-    again = in_turns({tuning: graphs[tuning] for tuning in best})
-    size = nbytes(spans_of(case))
+    best = sorted(once, key=lambda tunings: once[tunings])[:SHOWN]
+    again = in_turns({tunings: graphs[tunings] for tunings in best})
+    size = nbytes(launch.spans)
     return [
-        Timed(case.name, tuning, ms, size / (ms / 1e3) / bandwidth)
-        for tuning, ms in sorted(again.items(), key=lambda item: item[1])
+        Timed(case.name, each, ms, size / (ms / 1e3) / bandwidth, launch.error(each))
+        for each, ms in sorted(again.items(), key=lambda item: item[1])
     ]

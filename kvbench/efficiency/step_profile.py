@@ -7,9 +7,8 @@ that it has in the middle of a run.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -22,11 +21,9 @@ from kvbench.efficiency.scenario import Scenario, prompts_at_once, workload_of
 from kvbench.efficiency.trial import bound_method, load_model
 from kvbench.errors import UserError
 from kvbench.evaluation.choices import choose_methods
-from kvbench.kernels.states import Span, States
 from kvbench.models.find import find_model
 
-ATTENTION = "attend"
-"""The kernel of `kvbench.kernels.attention_triton` that has one launch a span."""
+_WIDTH = 48  # of a kernel's name in tables
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,11 @@ class KernelTime:
 class Profile:
     """Kernels, longest first, and the time from the first's start to the last's end, both a pass.
 
-    `ms` of several kernels can add up to more than `span_ms` where they overlap, and to less where
-    the device waits between them.
+    The kernels add up to less than `ms` where the device waits between them.
     """
 
     title: str
-    span_ms: float
+    ms: float
     kernels: tuple[KernelTime, ...]
 
 
@@ -66,8 +62,10 @@ def step_requests(
     """What `profile_step` takes, for each of `methods`.
 
     Raises:
-        UserError: There is no such model or method, or it can't have such prompts.
+        UserError: There is no CUDA device, no such model or method, or it can't have such prompts.
     """
+    if not torch.cuda.is_available():
+        raise UserError("kvbench bench step needs a CUDA device; none was found.")
     entry = find_model(model)
     for choice in choose_methods(methods):
         scenario = Scenario(model, choice.spec, input_tokens, output_tokens, batch=batch)
@@ -85,23 +83,18 @@ def profile_step(request: TrialRequest, steps: int = 8) -> list[Profile]:
     """Profile one micro-batch of prompts and `steps` decode steps of a request.
 
     Raises:
-        UserError: There is no CUDA device, no such model or method, or the method has no static
-            engine.
+        UserError: There is no such model or method, or the method has no static engine.
     """
-    if not torch.cuda.is_available():
-        raise UserError("kvbench bench step needs a CUDA device; none was found.")
     model, entry, _ = load_model(request)
     bound = bound_method(request, model, entry, resolve(request.method))
     engine = make_engine(model, bound, request.workload)
     if not isinstance(engine, StaticEngine):
         raise UserError(f"{request.method} has no static engine to profile ({engine.path}).")
-    layers = range(len(engine.cache.layers))
-    labels = [span_label(span) for index in layers for span in engine.cache.spans(index)]
     prompts = list(micro_batches(model, request.workload, request.prefill_rows, request.seed))
     engine.prefill(0, prompts[0])  # compiles
     engine.forget()
     first = len(prompts[0]["input_ids"])
-    prompt = _profiled(f"{first} prompts", lambda: engine.prefill(0, prompts[0]), 1, [])
+    prompt = _profiled(f"{first} prompts", lambda: engine.prefill(0, prompts[0]), 1)
     done = first
     for some in prompts[1:]:
         engine.prefill(done, some)
@@ -109,33 +102,22 @@ def profile_step(request: TrialRequest, steps: int = 8) -> list[Profile]:
     for _ in range(max(request.workload.output_tokens // 2 - steps, 0)):
         engine.decode()
     title = f"a decode step of {done} rows"
-    return [prompt, _profiled(title, engine.decode, steps, labels)]
+    return [prompt, _profiled(title, engine.decode, steps)]
 
 
-def span_label(span: Span) -> str:
-    """Bits of keys and values: what tells the spans of a layer apart."""
-    keys, values = _bits(span.keys), _bits(span.values)
-    return f"{keys}-bit" if keys == values else f"{keys}-bit keys, {values}-bit values"
-
-
-def summed(launches: Iterable[Launch], passes: int, labels: Sequence[str]) -> Iterator[KernelTime]:
-    """Launches by short name, a pass; those of `ATTENTION` in the order of `labels`, in rounds."""
+def summed(launches: Iterable[Launch], passes: int) -> list[KernelTime]:
+    """Launches by short name, a pass, the longest first."""
     times: dict[str, list[float]] = {}
-    of_span = cycle(labels) if labels else cycle([""])
-    for launch in sorted(launches, key=lambda launch: launch.start):
-        name = short_name(launch.name)
-        if name == ATTENTION:
-            name = f"{name} {next(of_span)}".rstrip()
-        times.setdefault(name, []).append(launch.ms)
-    totals = sorted(times.items(), key=lambda item: -sum(item[1]))
-    for name, each in totals:
-        yield KernelTime(name, len(each) / passes, sum(each) / passes)
+    for launch in launches:
+        times.setdefault(short_name(launch.name), []).append(launch.ms)
+    each = [KernelTime(n, len(ms) / passes, sum(ms) / passes) for n, ms in times.items()]
+    return sorted(each, key=lambda kernel: -kernel.ms)
 
 
 def short_name(name: str) -> str:
     """``void at::native::reduce_kernel<512, ...>(...)`` is ``reduce_kernel``."""
-    bare = re.split(r"[<(]", name.removeprefix("void ").strip(), maxsplit=1)[0]
-    return bare.rsplit("::", 1)[-1].strip() or name
+    plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return re.split(r"[<(]", plain, maxsplit=1)[0].rsplit("::", 1)[-1].strip()[:_WIDTH]
 
 
 def table(profiles: Iterable[Profile], most: int = 16) -> str:
@@ -151,15 +133,13 @@ def table(profiles: Iterable[Profile], most: int = 16) -> str:
         ]
         rest = sum(kernel.ms for kernel in profile.kernels[most:])
         lines.append(("the rest", "", f"{rest:.3f}", f"{rest / busy:.0%}"))
-        head = f"{profile.title}: {profile.span_ms:.2f} ms, kernels {busy:.2f} ms"
+        head = f"{profile.title}: {profile.ms:.2f} ms, kernels {busy:.2f} ms"
         columns = ("kernel", "launches", "ms", "share")
         blocks.append(head + "\n\n" + tabulate(lines, columns, disable_numparse=True))
     return "\n\n".join(blocks)
 
 
-def _profiled(
-    title: str, work: Callable[[], object], passes: int, labels: Sequence[str]
-) -> Profile:
+def _profiled(title: str, work: Callable[[], object], passes: int) -> Profile:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recorded
 
@@ -170,10 +150,12 @@ def _profiled(
         torch.cuda.synchronize()
     launches = [_launch(event) for event in record.events() if _is_kernel(event)]
     if not launches:
-        raise UserError("the profiler recorded no kernel: it may need rights that this user lacks.")
+        raise UserError(
+            "the profiler recorded no kernel: see that this user may read the GPU's counters."
+        )
     start = min(launch.start for launch in launches)
     end = max(launch.start + launch.ms for launch in launches)
-    return Profile(title, (end - start) / passes, tuple(summed(launches, passes, labels)))
+    return Profile(title, (end - start) / passes, tuple(summed(launches, passes)))
 
 
 def _is_kernel(event: Any) -> bool:
@@ -183,7 +165,3 @@ def _is_kernel(event: Any) -> bool:
 def _launch(event: Any) -> Launch:
     start, end = event.time_range.start / 1e3, event.time_range.end / 1e3
     return Launch(event.name, start, end - start)
-
-
-def _bits(states: States) -> int:
-    return 16 if isinstance(states, torch.Tensor) else states.bits
