@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kvbench.kernels.attention_steps_triton import Shape
+from kvbench.kernels.attention_steps_triton import Layouts, Shape
 from kvbench.kernels.attention_triton import attend, merge
 from kvbench.kernels.attention_unpack_triton import FLOAT, INTEGER, SYMMETRIC, Side
 from kvbench.kernels.states import Span, States, states_of
@@ -100,9 +100,11 @@ def _launch(
         (None, 0, 0) if lse is None else (lse, *lse.stride()[:2]),
         key_heads,
         splits,
-        tuple(
-            _layout(question, span, heads // key_heads, tuning)
-            for span, tuning in zip(spans, tunings, strict=True)
+        Layouts(
+            tuple(
+                _layout(question, span, heads // key_heads, tuning)
+                for span, tuning in zip(spans, tunings, strict=True)
+            )
         ),
         num_warps=max(tuning.warps for tuning in tunings),
     )
@@ -127,7 +129,7 @@ def _layout(
     keys, values = side_of(span.keys, span.key_starts), side_of(span.values, span.value_starts)
     windowed = question.window is not None and span.columns is not None
     softcap, channels = question.softcap is not None, question.query.shape[2]
-    return keys, values, shape_of(copies, channels, keys, tuning, softcap, windowed)
+    return keys, values, cut(copies, channels, keys, tuning, softcap, windowed)
 
 
 def _arguments(states: States, starts: Tensor | None, nothing: Tensor) -> tuple[Any, ...]:
@@ -169,7 +171,7 @@ def _width(words: int) -> int:
     return max(triton.next_power_of_2(words), 16)
 
 
-def shape_of(
+def cut(
     heads: int, channels: int, keys: Side, tuning: Tuning, softcap: bool, window: bool
 ) -> Shape:
     """The compile-time shape of a launch; a tile never leaves a group of tokens."""

@@ -9,6 +9,7 @@ of its own until the end. Row n is stream n div (rows / streams), head n mod (ro
 # ruff: noqa: RUF005 - the compiler of kernels joins tuples, but does not unpack them.
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import triton
@@ -18,6 +19,7 @@ from kvbench.kernels.attention_query_triton import channel_scaled, for_codes
 from kvbench.kernels.attention_unpack_triton import (
     FLOAT,
     INTEGER,
+    Side,
     channels_of,
     group_count,
     group_of,
@@ -46,6 +48,38 @@ class Shape(NamedTuple):
     window: bool
     plain: bool
     """No inline assembly: for the interpreter and for GPUs that aren't NVIDIA's."""
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Of all spans of a launch. No tuple: compilers would take it apart."""
+
+    spans: tuple[tuple[Side, Side, Shape], ...]
+    """Of each: keys, values and shape."""
+
+
+@triton.constexpr_function
+def span_count(layouts: Layouts) -> int:
+    """How many spans there are."""
+    return len(layouts.spans)
+
+
+@triton.constexpr_function
+def keys_of(layouts: Layouts, span: int) -> Side:
+    """How the keys of a span are laid out."""
+    return layouts.spans[span][0]
+
+
+@triton.constexpr_function
+def values_of(layouts: Layouts, span: int) -> Side:
+    """How the values of a span are laid out."""
+    return layouts.spans[span][1]
+
+
+@triton.constexpr_function
+def shape_of(layouts: Layouts, span: int) -> Shape:
+    """How the reading of a span is cut."""
+    return layouts.spans[span][2]
 
 
 @triton.jit

@@ -18,17 +18,22 @@ import triton.language as tl
 from kvbench.kernels.attention_query_triton import for_codes, load_query, query_sums
 from kvbench.kernels.attention_steps_triton import (
     NOTHING,
+    Layouts,
     Shape,
     add_values,
     channel_scores,
+    keys_of,
     own_tokens,
     products,
+    shape_of,
     softmax_step,
+    span_count,
     spread,
     store_result,
     stream_factors,
     token_scores,
     unfolded,
+    values_of,
     weighed,
     zeros,
 )
@@ -161,14 +166,13 @@ def attend(
     query (B, Hq, D), out (B, Hq, slots, D) and lse (B, Hq, slots): a tensor and its strides but the
     last; a span's slots, one a split, stand behind those of the spans before it; lse is base two,
     or None if there's one slot in all. spans: see `attend_span`. column: the query's (B,), or None.
-    limits: scaling, softcap, window. SPANS: for each span the layouts of keys and values, and the
-    shape.
+    limits: scaling, softcap, window. SPANS: `Layouts`.
     """
-    slots = len(SPANS) * splits
+    slots = span_count(SPANS) * splits
     program = tl.program_id(0)
     row, head = program // slots // key_heads, program // slots % key_heads
     slot = program % slots
-    for i in tl.static_range(len(SPANS)):
+    for i in tl.static_range(span_count(SPANS)):
         if slot // splits == i:
             attend_span(
                 query,
@@ -181,9 +185,9 @@ def attend(
                 head,
                 slot,
                 splits,
-                SPANS[i][0],
-                SPANS[i][1],
-                SPANS[i][2],
+                keys_of(SPANS, i),
+                values_of(SPANS, i),
+                shape_of(SPANS, i),
             )
 
 
@@ -307,7 +311,7 @@ def _example(
     spans = [(*map(_side_types, pair), "*i32", "*i32", "i32") for pair in sides]
     copies = triton.next_power_of_2(heads)
     shape = Shape(128, heads, 8, min(8 // copies, 4), 32, 3, rich, rich, False)
-    constants["SPANS"] = tuple((*pair, shape) for pair in sides)
+    constants["SPANS"] = Layouts(tuple((*pair, shape) for pair in sides))
     return attend, {**types, "spans": tuple(spans)}, constants, 1
 
 

@@ -7,7 +7,7 @@ import torch
 
 from kvbench.efficiency.span_sweep import SWEPT, Timed, sweep, table, tunings_of
 from kvbench.errors import UserError
-from kvbench.kernels.attention_launch import Tuning, shape_of, side_of, tuning_of
+from kvbench.kernels.attention_launch import Tuning, cut, side_of, tuning_of
 from kvbench.kernels.states import PackedStates, Span
 
 
@@ -32,7 +32,7 @@ def test_every_tuning_tried_has_a_shape() -> None:
         for tunings in tunings_of(case):
             for part, tuning in zip(case.parts, tunings, strict=True):
                 keys = side_of(states(part.key_bits), None)
-                shape = shape_of(1, 128, keys, tuning, False, False)
+                shape = cut(1, 128, keys, tuning, False, False)
                 assert shape.tile % (8 * shape.streams) == 0
 
 
