@@ -37,8 +37,9 @@ class SKVQ:
 
     Keys are stored before RoPE. The paper searches the clip ratio a group; the released code uses
     one number, as here. With few channels (3 heads of 64: two groups) reordering has little to
-    choose from; compare at equal group sizes. Deviations from that code: real packing instead of simulation, codes
-    computed with the metadata as stored, each token's own position under padding and M-RoPE.
+    choose from; compare at equal group sizes. Deviations from that code: real packing instead of
+    simulation, codes computed with the metadata as stored, each token's own position under padding
+    and M-RoPE.
     """
 
     label: ClassVar[str] = "SKVQ"
