@@ -263,7 +263,7 @@ class _Crew:
 
     def _replace(self, post: _Post, error: Lost) -> None:
         """Put a dead worker's task back, if it is not the task that kills workers."""
-        post.handle.stop()
+        self._posts.pop(post.place).handle.stop()
         if post.work is None:
             self._failed_starts += 1
             self._mourn(self._failed_starts, "while it started", error)
