@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, Self
@@ -97,7 +97,7 @@ class RayExecutor:
 
 
 class WorkerActor:
-    """A worker in a thread, and a queue of what it says: an actor's methods can only yield."""
+    """A worker in a thread, and a queue of what it says; who asks for messages waits for them."""
 
     def __init__(self, setup: Setup) -> None:
         """One thread for all tasks: torch keeps handles and pools of threads for each."""
@@ -105,29 +105,30 @@ class WorkerActor:
         self._thread = ThreadPoolExecutor(1)
         self._worker = self._thread.submit(Worker, setup, self._messages.put).result()
 
-    def messages(
-        self, task: Task | None = None, arrived: frozenset[str] = frozenset()
-    ) -> Iterator[Message]:
-        """What the worker says until it has nothing to do, of this task if there is one."""
-        if task is not None:
-            self._thread.submit(self._worker.run, task, arrived)
-        message: Message | None = None
-        while not isinstance(message, Ready | End):
-            message = self._messages.get()
-            yield message
+    def submit(self, task: Task, arrived: frozenset[str]) -> None:
+        """Begin a task."""
+        self._thread.submit(self._worker.run, task, arrived)
+
+    def message(self) -> Message:
+        """The next message, once there is one."""
+        return self._messages.get()
 
 
 class RayWorker:
-    """An actor; the generator of the messages that it is sending is its channel."""
+    """An actor, which is asked for one message after the other.
+
+    Ray could stream them, but not to a caller outside of the cluster (``ray://``).
+    """
 
     def __init__(self, actor: Any) -> None:
         """The actor is being started."""
         self._actor = actor
-        self.channel: Any = self._stream()
+        self.channel: Any = actor.message.remote()
 
     def submit(self, task: Task, arrived: frozenset[str]) -> None:
         """Give it a task."""
-        self.channel = self._stream(task, arrived)
+        self._actor.submit.remote(task, arrived)
+        self.channel = self._actor.message.remote()
 
     def receive(self) -> Message:
         """Its next message.
@@ -136,17 +137,16 @@ class RayWorker:
             Lost: its process or node is dead.
         """
         try:
-            message: Message = ray.get(next(self.channel))
+            message: Message = ray.get(self.channel)
         except _LOST as error:
             raise Lost(_first_line(error)) from error
+        if not isinstance(message, Ready | End):
+            self.channel = self._actor.message.remote()
         return message
 
     def stop(self) -> None:
         """End the actor's process."""
         ray.kill(self._actor)
-
-    def _stream(self, *arguments: Any) -> Any:
-        return self._actor.messages.options(num_returns="streaming").remote(*arguments)
 
 
 def _connect(request: EvalRequest) -> None:
