@@ -1,12 +1,17 @@
-"""What one process of a crew does: it runs tasks of a request and hands back what came of them."""
+"""What one process of a crew does: it runs tasks of a request and tells what comes of them at once.
+
+A row is handed over as soon as it is made, so a worker that dies takes along what it was answering
+and nothing else.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import kvbench
 from kvbench.errors import UserError
@@ -49,23 +54,53 @@ class Setup:
     threads: int | None = None
 
 
-@dataclass
-class Outcome:
-    """What came of a task: its rows, what was said on the way, and what went wrong, if anything."""
+@dataclass(frozen=True)
+class Ready:
+    """A worker's first message: it waits for a task. Rows of another version are other rows."""
 
-    rows: list[SampleRow] = field(default_factory=list)
-    cells: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    advances: int = 0
-    fault: str | None = None
-    statistics: tuple[int, bytes] = (0, b"")
-    """Of `Calibrate`: the model and its file's content."""
+    version: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """A text for the listener's method of that name."""
+
+    to: Literal["cell", "note"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What came of `Calibrate`: the model and its file's content."""
+
+    model: int
+    content: bytes
+
+
+@dataclass(frozen=True)
+class End:
+    """A task's last message.
+
+    Attributes:
+        samples: How many of the task's have their row, whether it was made now or there before.
+        error: What ended the task too early: a `UserError`, or a fault of the program.
+    """
+
+    samples: int
+    error: Exception | None = None
+
+
+Message = Ready | Said | SampleRow | Statistics | End
+
+
+class Lost(Exception):
+    """A worker is dead; the text says of what."""
 
 
 class Worker(Silent):
-    """A session with its sink and listener: both fill the outcome of the task under way."""
+    """A session with its sink and listener, which pass on what they are told."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, tell: Callable[[Message], None]) -> None:
         """Nothing is loaded yet but the statistics.
 
         Raises:
@@ -75,47 +110,52 @@ class Worker(Silent):
 
         if setup.threads is not None:
             torch.set_num_threads(setup.threads)
-        self._known, self._outcome = setup.known, Outcome()
+        self._tell, self._known = tell, setup.known
+        self._here, self._samples = set[str](), 0
         statistics = {name: from_bytes(content) for name, content in setup.statistics.items()}
         self._session = Session(setup.request, self, self, statistics)
+        tell(Ready(kvbench.__version__))
 
-    def get_version(self) -> str:
-        """This process's kvbench: rows of another version are other rows."""
-        return kvbench.__version__
-
-    def run(self, task: Task) -> Outcome:
-        """Run a task; a `UserError` becomes its fault, so that rows before it are not lost."""
-        self._outcome = Outcome()
+    def run(self, task: Task, arrived: frozenset[str] = frozenset()) -> None:
+        """Run a task, but for the rows of these keys: a worker that died had handed them over."""
+        self._here, self._samples = set(arrived), 0
+        error: Exception | None = None
         try:
-            if isinstance(task, Calibrate):
-                statistics = self._session.calibrate(task.model, task.samples, task.seed)
-                self._outcome.statistics = task.model, to_bytes(statistics)
-            else:
-                self._session.run(task)
-        except UserError as error:
-            self._outcome.fault = str(error)
-        return self._outcome
+            self._run(task)
+        except UserError as fault:
+            error = UserError(str(fault))
+        except BaseException:  # whatever it is, the caller must not wait for ever
+            error = RuntimeError(f"a worker failed\n{traceback.format_exc()}")
+        self._tell(End(self._samples, error))
+
+    def _run(self, task: Task) -> None:
+        if isinstance(task, Calibrate):
+            statistics = self._session.calibrate(task.model, task.samples, task.seed)
+            self._tell(Statistics(task.model, to_bytes(statistics)))
+        else:
+            self._session.run(task)
 
     def has(self, key: str) -> bool:
         """Whether a row needs no run."""
-        return key in self._known or any(row.key == key for row in self._outcome.rows)
+        return key in self._known or key in self._here
 
     def append(self, row: SampleRow) -> bool:
-        """Keep a row for the outcome."""
-        self._outcome.rows.append(row)
+        """Hand a row over."""
+        self._here.add(row.key)
+        self._tell(row)
         return True
 
     def cell(self, label: str) -> None:
-        """Keep a cell's name for the outcome."""
-        self._outcome.cells.append(label)
+        """Pass on a cell's name."""
+        self._tell(Said("cell", label))
 
     def note(self, text: str) -> None:
-        """Keep a note for the outcome."""
-        self._outcome.notes.append(text)
+        """Pass on a note."""
+        self._tell(Said("note", text))
 
     def advance(self) -> None:
-        """Count one more sample for the outcome."""
-        self._outcome.advances += 1
+        """Count one more sample of the task."""
+        self._samples += 1
 
 
 def to_bytes(calibration: Calibration) -> bytes:

@@ -6,18 +6,21 @@ import multiprocessing
 import os
 import signal
 import threading
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Self
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from typing import Any, Self
 
 from kvbench.errors import UserError
 from kvbench.evaluation.hardware import wants_gpus
 from kvbench.evaluation.request import EvalRequest
-from kvbench.evaluation.worker import Outcome, Setup, Task, Worker
+from kvbench.evaluation.worker import End, Lost, Message, Ready, Setup, Task, Worker
 from kvbench.models import AUTO_MAP
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_DEATH_SECONDS = 10.0
+"""How long a process may take to end after its pipe has."""
 
 
 class LocalExecutor:
@@ -26,8 +29,6 @@ class LocalExecutor:
     Raises:
         UserError: a worker is to have more GPUs than there are.
     """
-
-    lost: tuple[type[BaseException], ...] = (BrokenProcessPool,)
 
     def __init__(self, request: EvalRequest) -> None:
         """Look at the GPUs."""
@@ -48,30 +49,65 @@ class LocalExecutor:
         """Start a process for a place from 0 to `workers` - 1."""
         return LocalWorker(setup, self._shares[place])
 
+    def wait(self, channels: Sequence[Any], seconds: float | None) -> list[Any]:
+        """Those with a message or the end of their process."""
+        return connection.wait(channels, seconds)
+
 
 class LocalWorker:
-    """A pool of one process: that one may die without harm to the others."""
+    """A process and a pipe of its own, so that it may die in mid-sentence without harm to others.
+
+    What it had written into the pipe can be read when it is dead.
+    """
 
     def __init__(self, setup: Setup, gpus: str | None) -> None:
         """Start the process; `gpus` is what it sees of them, None is everything."""
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, context, _start, (setup, gpus))
-        self.ready: Future[str] = self._pool.submit(_version)
-        self._pid = self._pool.submit(os.getpid)
-        self._last: Future[Outcome] | None = None
+        ours, theirs = context.Pipe()
+        self._connection, self._busy = ours, True
+        self._process = context.Process(target=_serve, args=(theirs, gpus))
+        self._process.start()
+        theirs.close()  # so that the pipe ends when the process does
+        self._send(setup)
 
-    def submit(self, task: Task) -> Future[Outcome]:
+    @property
+    def channel(self) -> Connection:
+        """Our end of the pipe."""
+        return self._connection
+
+    def submit(self, task: Task, arrived: frozenset[str]) -> None:
         """Give it a task."""
-        self._last = self._pool.submit(_run, task)
-        return self._last
+        self._busy = True
+        self._send((task, arrived))
+
+    def receive(self) -> Message:
+        """Its next message.
+
+        Raises:
+            Lost: its pipe has ended.
+        """
+        try:
+            message: Message = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise Lost(self._cause()) from error
+        self._busy = not isinstance(message, Ready | End)
+        return message
 
     def stop(self) -> None:
         """End the process, in the middle of its task if it has one."""
-        busy = self._last is not None and not self._last.done()
-        if busy:
-            with suppress(ProcessLookupError, BrokenProcessPool):
-                os.kill(self._pid.result(), signal.SIGKILL)
-        self._pool.shutdown(cancel_futures=True)
+        if self._busy:
+            self._process.kill()
+        self._connection.close()  # an idle one reads its end
+        self._process.join()
+
+    def _send(self, what: Setup | tuple[Task, frozenset[str]]) -> None:
+        with suppress(OSError):  # it is dead, as `receive` will say
+            self._connection.send(what)
+
+    def _cause(self) -> str:
+        self._process.join(_DEATH_SECONDS)
+        code = self._process.exitcode
+        return f"killed by signal {-code}" if code and code < 0 else f"exit code {code}"
 
 
 def _shares(request: EvalRequest, workers: int) -> list[str | None]:
@@ -93,30 +129,21 @@ def _shares(request: EvalRequest, workers: int) -> list[str | None]:
     ]
 
 
-_worker: Worker
-
-
-def _start(setup: Setup, gpus: str | None) -> None:
-    global _worker
-
+def _serve(ours: Connection, gpus: str | None) -> None:
+    """Run tasks until the caller closes its end."""
     if gpus is not None:
         os.environ[_VISIBLE] = gpus  # read when CUDA is first used, which is later
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the parent speaks for all
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = Worker(setup)
+    with suppress(EOFError, BrokenPipeError):
+        worker = Worker(ours.recv(), ours.send)
+        while True:
+            worker.run(*ours.recv())
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed can't tell its workers, which would wait for tasks for ever."""
+    """A parent that was killed can't tell a worker that is in the middle of a task."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _version() -> str:
-    return _worker.get_version()
-
-
-def _run(task: Task) -> Outcome:
-    return _worker.run(task)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from concurrent.futures import Future
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any, Self
 
 import ray
@@ -17,11 +19,17 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, Worker
 from kvbench.errors import UserError
 from kvbench.evaluation.hardware import wants_gpus
 from kvbench.evaluation.request import EvalRequest
-from kvbench.evaluation.worker import Outcome, Setup, Task, Worker
+from kvbench.evaluation.worker import End, Lost, Message, Ready, Setup, Task, Worker
 from kvbench.models import AUTO_MAP
 
 _STORE_BYTES = 100 * 2**20
 """Shared memory of a cluster that is started here: rows and statistics are small."""
+_LOST = (
+    RayActorError,
+    NodeDiedError,
+    ObjectLostError,  # a row was made, but its node died before it was fetched
+    WorkerCrashedError,
+)
 
 
 class RayExecutor:
@@ -30,13 +38,6 @@ class RayExecutor:
     Raises:
         UserError: the cluster can't be reached or is too small.
     """
-
-    lost: tuple[type[BaseException], ...] = (
-        RayActorError,
-        NodeDiedError,
-        ObjectLostError,  # a task ended, but its node died before the rows were fetched
-        WorkerCrashedError,
-    )
 
     def __init__(self, request: EvalRequest) -> None:
         """Nothing is started yet."""
@@ -62,13 +63,18 @@ class RayExecutor:
 
     def start(self, setup: Setup, place: int) -> RayWorker:
         """Start an actor; Ray chooses where."""
-        actor = ray.remote(Worker).options(
+        actor = ray.remote(WorkerActor).options(
             num_cpus=1,
             num_gpus=self._gpus,
             max_restarts=0,
             runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1"}},
         )
         return RayWorker(actor.remote(setup))
+
+    def wait(self, channels: Sequence[Any], seconds: float | None) -> list[Any]:
+        """One with a message or an error, if any."""
+        ready: list[Any] = ray.wait(list(channels), timeout=seconds)[0]
+        return ready
 
     def _plan(self, resources: dict[str, float]) -> None:
         """How many workers, with how much each."""
@@ -90,18 +96,53 @@ class RayExecutor:
         self.threads: int | None = max(cpus // self.workers, 1)
 
 
+class WorkerActor:
+    """A worker in a thread, and a queue of what it says; who asks for messages waits for them."""
+
+    def __init__(self, setup: Setup) -> None:
+        """One thread for all tasks: torch keeps handles and pools of threads for each."""
+        self._messages: SimpleQueue[Message] = SimpleQueue()
+        self._thread = ThreadPoolExecutor(1)
+        self._worker = self._thread.submit(Worker, setup, self._messages.put).result()
+
+    def submit(self, task: Task, arrived: frozenset[str]) -> None:
+        """Begin a task."""
+        self._thread.submit(self._worker.run, task, arrived)
+
+    def message(self) -> Message:
+        """The next message, once there is one."""
+        return self._messages.get()
+
+
 class RayWorker:
-    """An actor; its methods run one after the other."""
+    """An actor, which is asked for one message after the other.
+
+    Ray could stream them, but not to a caller outside of the cluster (``ray://``).
+    """
 
     def __init__(self, actor: Any) -> None:
         """The actor is being started."""
         self._actor = actor
-        self.ready: Future[str] = actor.get_version.remote().future()
+        self.channel: Any = actor.message.remote()
 
-    def submit(self, task: Task) -> Future[Outcome]:
+    def submit(self, task: Task, arrived: frozenset[str]) -> None:
         """Give it a task."""
-        future: Future[Outcome] = self._actor.run.remote(task).future()
-        return future
+        self._actor.submit.remote(task, arrived)
+        self.channel = self._actor.message.remote()
+
+    def receive(self) -> Message:
+        """Its next message.
+
+        Raises:
+            Lost: its process or node is dead.
+        """
+        try:
+            message: Message = ray.get(self.channel)
+        except _LOST as error:
+            raise Lost(_first_line(error)) from error
+        if not isinstance(message, Ready | End):
+            self.channel = self._actor.message.remote()
+        return message
 
     def stop(self) -> None:
         """End the actor's process."""
@@ -130,8 +171,7 @@ def _connect(request: EvalRequest) -> None:
     try:
         ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _unusable(address, reason) from error
+        raise _unusable(address, _first_line(error)) from error
 
 
 def _check_reachable(address: str) -> None:
@@ -148,3 +188,7 @@ def _check_reachable(address: str) -> None:
 def _unusable(address: str | None, reason: str) -> UserError:
     where = f"Ray at {address}" if address else "Ray on this machine"
     return UserError(f"{where} can't be used ({reason}): see `ray status`, or give no --address")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

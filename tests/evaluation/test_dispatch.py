@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+import kvbench
 from kvbench.errors import UserError
 from kvbench.evaluation import workers
 from kvbench.evaluation.request import EvalRequest
+from kvbench.evaluation.rows import SampleRow
 from kvbench.evaluation.session import Job
-from kvbench.evaluation.worker import Outcome, Setup, Task
-from kvbench.evaluation.workers import RETRIES, outcomes
+from kvbench.evaluation.worker import End, Lost, Message, Ready, Said, Setup, Task
+from kvbench.evaluation.workers import RETRIES, results
 
 JOBS = [Job(0, "oe", start, start + 1) for start in range(6)]
+KEPT = 1
+"""Rows of a job that need no run; three more are made."""
 
-
-class Died(Exception):
-    """What futures of a dead worker fail with."""
-
-
-def done(value: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    if isinstance(value, Exception):
-        future.set_exception(value)
-    else:
-        future.set_result(value)
-    return future
+Row = Callable[..., SampleRow]
 
 
 class Staged:
-    """Workers that answer at once, or do as `deaths` says: (task's start, try) -> how it dies."""
+    """Workers that answer at once; `deaths` says (task's start, try) -> after how many rows."""
 
     threads = None
-    lost: tuple[type[BaseException], ...] = (Died,)
 
-    def __init__(self, count: int, deaths: dict[tuple[int, int], str], version: str) -> None:
-        self.workers, self.deaths, self.version = count, deaths, version
+    def __init__(self, count: int, deaths: dict[tuple[int, int], int], make_row: Row) -> None:
+        self.workers, self.deaths, self.make_row = count, deaths, make_row
+        self.version, self.fault = kvbench.__version__, -1
         self.tries: dict[int, int] = {}
+        self.made: list[str] = []
         self.started: list[int] = []
         self.stopped = 0
 
@@ -48,56 +42,80 @@ class Staged:
         self.started.append(place)
         return Hand(self)
 
+    def wait(self, channels: Sequence[Any], seconds: float | None) -> list[Any]:
+        return [hand for hand in channels if hand.messages]
+
 
 class Hand:
     def __init__(self, stage: Staged) -> None:
-        self.stage = stage
-        self.ready: Future[str] = done(stage.version)
+        self.stage, self.channel = stage, self
+        self.messages: deque[Message | Lost] = deque([Ready(stage.version)])
 
-    def submit(self, task: Task) -> Future[Outcome]:
-        assert isinstance(task, Job)
-        self.stage.tries[task.start] = tried = self.stage.tries.get(task.start, 0) + 1
-        how = self.stage.deaths.get((task.start, tried))
-        if how == "while it waited":
-            raise Died(how)
-        return done(Died(how) if how else Outcome(cells=[str(task.start)]))
+    def submit(self, task: Task, arrived: frozenset[str]) -> None:
+        assert isinstance(task, Job) and not self.messages
+        stage = self.stage
+        stage.tries[task.start] = tried = stage.tries.get(task.start, 0) + 1
+        after = stage.deaths.get((task.start, tried))
+        self.messages.append(Said("cell", task.task))
+        for number in range(3 if after is None else after):
+            if (key := f"{task.start}.{number}") not in arrived:
+                stage.made.append(key)
+                self.messages.append(stage.make_row(key=key))
+        fault = UserError("a worker's own") if task.start == stage.fault else None
+        self.messages.append(End(KEPT + 3, fault) if after is None else Lost("killed by signal 9"))
+
+    def receive(self) -> Message:
+        message = self.messages.popleft()
+        if isinstance(message, Lost):
+            raise message
+        return message
 
     def stop(self) -> None:
         self.stage.stopped += 1
 
 
 @pytest.fixture
-def run(grid: Callable[..., EvalRequest], listener: Any) -> Callable[..., Any]:
+def run(grid: Callable[..., EvalRequest], listener: Any, make_row: Row) -> Callable[..., Any]:
     def run(
-        deaths: dict[tuple[int, int], str],
-        count: int = 2,
-        version: str = workers.kvbench.__version__,
+        deaths: dict[tuple[int, int], int], count: int = 2, **changes: Any
     ) -> tuple[Staged, list[str]]:
-        stage = Staged(count, deaths, version)
-        request = replace(grid(), workers=count)
+        stage = Staged(count, deaths, make_row)
+        vars(stage).update(changes)
+        setup, came = Setup(replace(grid(), workers=count)), list[str]()
+        before = listener.advanced
         try:
-            ended = [one.cells[0] for one in outcomes(stage, Setup(request), JOBS, listener)]
+            for row in results(stage, setup, JOBS, listener):
+                assert isinstance(row, SampleRow)
+                counted = listener.advanced - before  # of those that are here, none ahead
+                assert len(came) <= counted <= len(came) + KEPT * len(JOBS)
+                came.append(row.key)
         finally:
             assert stage.stopped == len(stage.started)
-        return stage, ended
+        return stage, came
 
     return run
 
 
+ALL = [f"{start}.{number}" for start in range(6) for number in range(3)]
+
+
 def test_each_task_once(run: Callable[..., Any], listener: Any) -> None:
-    stage, ended = run({})
-    assert sorted(ended) == ["0", "1", "2", "3", "4", "5"]
+    stage, came = run({})
+    assert sorted(came) == ALL
+    assert listener.advanced == 6 * (3 + KEPT)
     assert stage.tries == dict.fromkeys(range(6), 1)
-    assert stage.started == [0, 1] and listener.notes == []
+    assert stage.started == [0, 1]
+    assert listener.cells == ["oe"] and listener.notes == []  # said by every task
     assert run({}, count=20)[0].started == list(range(6))  # no more workers than tasks
 
 
-@pytest.mark.parametrize("how", ["at work", "while it waited"])
-def test_a_dead_worker_is_replaced_and_its_task_done_once(
-    run: Callable[..., Any], listener: Any, how: str
+@pytest.mark.parametrize("after", [0, 2, 3])
+def test_a_dead_worker_is_replaced_and_its_task_goes_on(
+    run: Callable[..., Any], listener: Any, after: int
 ) -> None:
-    stage, ended = run({(2, 1): how, (5, 1): how, (5, 2): how})
-    assert sorted(ended) == ["0", "1", "2", "3", "4", "5"]
+    stage, came = run({(2, 1): after, (5, 1): after, (5, 2): after})
+    assert sorted(came) == sorted(stage.made) == ALL  # nothing was made twice
+    assert listener.advanced == 6 * (3 + KEPT)
     assert stage.tries == {0: 1, 1: 1, 2: 2, 3: 1, 4: 1, 5: 3}
     assert len(stage.started) == 5
     said = "a worker process died at samples {0} to {0} of oe with tiny; another one takes over"
@@ -105,11 +123,17 @@ def test_a_dead_worker_is_replaced_and_its_task_done_once(
 
 
 def test_a_task_that_kills_every_worker(run: Callable[..., Any]) -> None:
-    deaths = {(3, tried): "killed by signal 9" for tried in range(1, 9)}
+    deaths = {(3, tried): 0 for tried in range(1, 9)}
     said = r"died 3 times at samples 4 to 4 of oe with tiny \(killed by signal 9\), perhaps for"
     assert RETRIES == 2
     with pytest.raises(UserError, match=said):
         run(deaths)
+
+
+def test_a_fault_comes_after_the_rows_before_it(run: Callable[..., Any], listener: Any) -> None:
+    with pytest.raises(UserError, match="a worker's own"):
+        run({}, fault=0, count=1)
+    assert listener.advanced == 3 + KEPT
 
 
 def test_workers_of_another_version(run: Callable[..., Any]) -> None:
@@ -118,12 +142,23 @@ def test_workers_of_another_version(run: Callable[..., Any]) -> None:
 
 
 def test_workers_that_never_start(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Absent(Hand):
-        def __init__(self, stage: Staged) -> None:
-            super().__init__(stage)
-            self.ready = Future()
-
-    monkeypatch.setattr(workers, "START_SECONDS", 0.01)
-    monkeypatch.setattr(Staged, "start", lambda self, *_: self.started.append(0) or Absent(self))
-    with pytest.raises(UserError, match=r"no worker has started within 0 s: .* rows so far are"):
+    waited: list[float | None] = []
+    monkeypatch.setattr(Staged, "wait", lambda self, _, seconds: waited.append(seconds) or [])
+    with pytest.raises(UserError, match=r"no worker has started within 900 s: .* rows so far are"):
         run({})
+    assert waited == [workers.START_SECONDS]
+
+
+def test_workers_that_die_while_they_start(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, listener: Any
+) -> None:
+    def stillborn(self: Staged, setup: Setup, place: int) -> Hand:
+        self.started.append(place)
+        hand = Hand(self)
+        hand.messages = deque([Lost("exit code 1")])
+        return hand
+
+    monkeypatch.setattr(Staged, "start", stillborn)
+    with pytest.raises(UserError, match=r"died 3 times while it started \(exit code 1\)"):
+        run({})
+    assert listener.notes == ["a worker process died while it started; another one takes over"] * 2
