@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -85,8 +84,7 @@ class StaticSide:
         for precision, store in self.packed.items():
             room = store.codes.shape[2]
             some = left if self._is_uniform else _taken(left, bits == precision, room)
-            into = _rows_of(store, rows)
-            quantize_into(some, self._roundings[precision], into)
+            quantize_into(some, self._roundings[precision], store[rows])
         if self.layout.exact and leaving:
             # The latest first, right before the ring: so one span reads both.
             kept = _taken(left, bits == EXACT, start).flip(2)
@@ -170,7 +168,7 @@ class StaticCache:
             leaving.append(length - schedule.kept(side.side.window, length))
             side.fill(rows, states, bits[:, : leaving[-1]])
         schedule.fill(rows, index, bits, *leaving)
-        return [_of_rows(span, rows) for span in self.spans(index)]
+        return [span[rows] for span in self.spans(index)]
 
     def check(self) -> None:
         """Hold the prompts against the room that was made for them; waits for the device.
@@ -240,18 +238,6 @@ def _taken(states: Tensor, mask: Tensor, room: int) -> Tensor:
     return states.take_along_dim(order[:, None, :, None], 2)
 
 
-def _of_rows(span: Span, rows: slice) -> Span:
-    """The same for some rows."""
-
-    def of(states: States) -> States:
-        if isinstance(states, Tensor):
-            return states[rows]
-        return _rows_of(states, rows)
-
-    starts = (None if at is None else at[rows] for at in (span.key_starts, span.value_starts))
-    return Span(of(span.keys), of(span.values), span.lengths[rows], *starts)
-
-
 def _shares_window(quantizer: LayerQuantizer) -> bool:
     return quantizer.key.window == quantizer.value.window
 
@@ -283,12 +269,6 @@ def _allocate(
         group,
         codec.along,
     )
-
-
-def _rows_of(states: PackedStates, rows: slice) -> PackedStates:
-    """Views of some rows."""
-    zero = None if states.zero is None else states.zero[rows]
-    return replace(states, codes=states.codes[rows], scale=states.scale[rows], zero=zero)
 
 
 def _tensors(states: PackedStates) -> dict[str, Tensor]:
