@@ -271,11 +271,5 @@ def _allocate(
     )
 
 
-def _tensors(states: PackedStates) -> dict[str, Tensor]:
-    """The tensors of packed states by the names of their fields."""
-    parts = {"codes": states.codes, "scale": states.scale, "zero": states.zero}
-    return {name: part for name, part in parts.items() if part is not None}
-
-
 def _span(keys: States, values: States, reach: Reach) -> Span:
     return Span(keys, values, reach.lengths, reach.key_starts, reach.value_starts)
