@@ -47,7 +47,7 @@ def decode_attention(
 
     question = Question(query, scaling, softcap, window, columns)
     with where_it_is(query):
-        decode(question, spans, out, splits or split_count(query, spans))
+        decode(question, spans, out, split_counts(query, spans, splits))
     return out
 
 
@@ -122,17 +122,30 @@ def _unsupported_side(channels: int, states: States) -> str | None:
     return None
 
 
-def split_count(query: Tensor, spans: Sequence[Span]) -> int:
-    """Enough programs to fill the device, each with tokens enough to be worth its start."""
+def split_counts(query: Tensor, spans: Sequence[Span], splits: int | None = None) -> list[int]:
+    """How many programs share each span of a row's head; `splits` where it is given.
+
+    Enough to fill the device, each with tokens enough to be worth its start. Programs that unpack
+    codes take long: they are cut short, so that the last of them don't leave the device idle.
+    """
+    if splits is not None:
+        return [splits] * len(spans)
     programs = query.shape[0] * states_of(spans[0].keys).shape[1]
     device = torch.cuda.get_device_properties(query.device)
-    longest = max(states_of(span.keys).shape[2] for span in spans)
     wanted = PROGRAMS * device.multi_processor_count // programs
-    return max(1, min(wanted, longest // MIN_TOKENS, MAX_SPLITS))
+    return [_split_count(span, wanted) for span in spans]
+
+
+def _split_count(span: Span, wanted: int) -> int:
+    tokens = states_of(span.keys).shape[2]
+    least = 1 if isinstance(span.keys, Tensor) else -(-tokens // MOST_TOKENS)
+    return max(1, least, min(wanted, tokens // MIN_TOKENS, MAX_SPLITS))
 
 
 PROGRAMS = 8
 """Programs that a multiprocessor can run at once."""
 MIN_TOKENS = 256
 """Tokens that a split should have at least."""
+MOST_TOKENS = 1024
+"""Tokens that a split of a packed span has at most."""
 MAX_SPLITS = 128

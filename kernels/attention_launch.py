@@ -35,7 +35,7 @@ SHARED = {
     16: Tuning(32, 1, 3),
 }
 """What is fastest on an H200 by the bits of a span's wider side (`kvbench bench tunings`)."""
-ALONE = {**SHARED, 2: Tuning(128, 1, 2), 4: Tuning(128, 1, 3), 16: Tuning(16, 1, 3)}
+ALONE = {**SHARED, 4: Tuning(64, 1, 4), 16: Tuning(16, 1, 3)}
 """The same where each query head has a key head of its own."""
 
 
@@ -60,14 +60,17 @@ def decode(
     question: Question,
     spans: Sequence[Span],
     out: Tensor,
-    splits: int,
+    splits: Sequence[int],
     tunings: Sequence[Tuning] | None = None,
 ) -> None:
-    """Write the answer to out (B, Hq, D); the kernels must be able to read all spans."""
+    """Write the answer to out (B, Hq, D); the kernels must be able to read all spans.
+
+    Each span's tokens are shared by so many `splits`.
+    """
     rows, heads, channels = question.query.shape
     copies = heads // states_of(spans[0].keys).shape[1]
     tunings = tunings or [tuning_of(span, copies) for span in spans]
-    slots = splits * len(spans)
+    slots = sum(splits)
     if slots == 1:
         _launch(question, spans, out[:, :, None], None, splits, tunings)
         return
@@ -85,7 +88,7 @@ def _launch(
     spans: Sequence[Span],
     out: Tensor,
     lse: Tensor | None,
-    splits: int,
+    splits: Sequence[int],
     tunings: Sequence[Tuning],
 ) -> None:
     """All spans; out is (B, Hq, slots, D) and lse (B, Hq, slots)."""
@@ -99,7 +102,8 @@ def _launch(
         (out, *out.stride()[:3]),
         (None, 0, 0) if lse is None else (lse, *lse.stride()[:2]),
         key_heads,
-        splits,
+        out.shape[2],
+        tuple(splits),
         Layouts(
             tuple(
                 _layout(question, span, heads // key_heads, tuning)

@@ -158,22 +158,23 @@ def attend(
     out: tl.tuple,
     lse: tl.tuple,
     key_heads: int,
-    splits: int,
+    slots: int,
+    splits: tl.tuple,
     SPANS: tl.constexpr,
 ) -> None:
-    """All spans, a split of one of them a program; grid (rows · key heads · spans · splits,).
+    """All spans, a split of one of them a program; grid (rows · key heads · slots,).
 
     query (B, Hq, D), out (B, Hq, slots, D) and lse (B, Hq, slots): a tensor and its strides but the
-    last; a span's slots, one a split, stand behind those of the spans before it; lse is base two,
-    or None if there's one slot in all. spans: see `attend_span`. column: the query's (B,), or None.
-    limits: scaling, softcap, window. SPANS: `Layouts`.
+    last; a span has `splits` slots, behind those of the spans before it, all have `slots`; lse is
+    base two, or None if there's one slot in all. spans: see `attend_span`. column: the query's
+    (B,), or None. limits: scaling, softcap, window. SPANS: `Layouts`.
     """
-    slots = span_count(SPANS) * splits
     program = tl.program_id(0)
     row, head = program // slots // key_heads, program // slots % key_heads
     slot = program % slots
+    first = 0
     for i in tl.static_range(span_count(SPANS)):
-        if slot // splits == i:
+        if (slot >= first) & (slot < first + splits[i]):
             attend_span(
                 query,
                 spans[i],
@@ -184,11 +185,13 @@ def attend(
                 row,
                 head,
                 slot,
-                splits,
+                slot - first,
+                splits[i],
                 keys_of(SPANS, i),
                 values_of(SPANS, i),
                 shape_of(SPANS, i),
             )
+        first += splits[i]
 
 
 @triton.jit
@@ -202,6 +205,7 @@ def attend_span(
     row: tl.tensor,
     head: tl.tensor,
     slot: tl.tensor,
+    split: tl.tensor,
     splits: int,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
@@ -215,7 +219,7 @@ def attend_span(
     keys, values, lengths, columns, columns_stride = span
     key, value = side_at(keys, row, head, KEYS), side_at(values, row, head, VALUES)
     low, high, before = tile_range(
-        tl.load(lengths + row), key[3], slot % splits, splits, KEYS.tokens > 0, SHAPE
+        tl.load(lengths + row), key[3], split, splits, KEYS.tokens > 0, SHAPE
     )
     heads = tl.arange(0, SHAPE.rows) % (SHAPE.rows // SHAPE.streams)
     first = head * SHAPE.heads
@@ -304,7 +308,8 @@ def _example(
     """A launch over spans of such keys and values; rich: with soft cap, window and log sums."""
     strides = ("i32", "i32", "i32")
     types: dict[str, Any] = {"query": ("*fp16", "i32", "i32"), "out": ("*fp16", *strides)}
-    types |= {"limits": ("fp32", "fp32", "i32"), "key_heads": "i32", "splits": "i32"}
+    types |= {"limits": ("fp32", "fp32", "i32"), "key_heads": "i32", "slots": "i32"}
+    types["splits"] = ("i32",) * len(sides)
     types |= {"column": "*i32" if rich else "constexpr"}
     types |= {"lse": ("*fp32" if rich else "constexpr", "i32", "i32")}
     constants: dict[Any, Any] = {} if rich else {(2,): None, (5, 0): None}

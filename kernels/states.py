@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -49,6 +49,11 @@ class PackedStates:
         """Bytes of codes and metadata."""
         return sum(t.nbytes for t in (self.codes, self.scale, self.zero) if t is not None)
 
+    def __getitem__(self, rows: slice) -> PackedStates:
+        """Views of some rows, as of a tensor."""
+        zero = None if self.zero is None else self.zero[rows]
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=zero)
+
     def dequantized(self) -> Tensor:
         """(B, H, N, D) float32, in plain torch: the reference of every kernel that reads codes."""
         codes = unpack(self.codes, self.bits).float()
@@ -87,6 +92,12 @@ class Span:
     """(B,) int32."""
     columns: Tensor | None = None
     """(B, N) int32."""
+
+    def __getitem__(self, rows: slice) -> Span:
+        """The same for some rows: views of everything."""
+        per_row = (self.key_starts, self.value_starts, self.columns)
+        rest = (None if of is None else of[rows] for of in per_row)
+        return Span(self.keys[rows], self.values[rows], self.lengths[rows], *rest)
 
 
 def states_of(states: States) -> Tensor:

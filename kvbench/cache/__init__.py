@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvbench.cache.argument import cache_argument
 from kvbench.cache.calibration import calibrate_statistics, load_calibration, save_calibration
 from kvbench.cache.codecs import Affine, Exact, check_packable
 from kvbench.cache.contract import (
@@ -96,6 +97,7 @@ __all__ = [
     "Uniform",
     "Window",
     "bind",
+    "cache_argument",
     "calibrate_statistics",
     "check_fields",
     "check_packable",

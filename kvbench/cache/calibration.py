@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from kvbench.cache.argument import cache_argument
 from kvbench.cache.attention import StoredStates, attention
 from kvbench.cache.contract import Calibration, LayerSpec, Needs
 from kvbench.cache.observers import Observed, decoder_stack, observing
@@ -167,10 +168,11 @@ def _run(
     count = 0
     for layer in cache.layers:
         layer.names = names
+    given = cache_argument(model, cache)
     for prompt in prompts:
         count += 1
         cache.restart()
-        model(**prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(**prompt, **given, use_cache=True, logits_to_keep=1)
     for layer in cache.layers if count else ():
         layer.finish()
     return count

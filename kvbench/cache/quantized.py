@@ -179,6 +179,8 @@ def quantized_cache(
 ) -> Cache:
     """A fresh cache for one call of `model.generate(**inputs, past_key_values=...)`.
 
+    From transformers 5.24 on that argument is `cache`, and the older name warns.
+
     Args:
         model: a transformers model whose decoder layers cache plain keys and values. Its attention
             implementation becomes "kvbench", which takes sdpa for all other caches.

@@ -18,6 +18,7 @@ from kvbench.cli.options import (
     Limit,
     MaxNewTokens,
     Models,
+    Protocol,
     Seed,
     Statistics,
     Workers,
@@ -44,9 +45,7 @@ def ablate(
         str | None,
         typer.Option(help="all, or names; without it the paper's, for other sweeps wqa and dqa."),
     ] = None,
-    protocol: Annotated[
-        str, typer.Option(help="quantized_prefill, exact_prefill, both, or sparse_prefill.")
-    ] = "quantized_prefill",
+    protocol: Protocol = "quantized_prefill",
     limit: Limit = None,
     seed: Seed = 0,
     out: Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.options import Device, Dtype, Models, Seed
+from kvbench.cli.options import Device, Drawn, DrawnFrom, Dtype, Models, Seed, Statistics, Unscored
 from kvbench.cli.progress import Terminal
 
 if TYPE_CHECKING:
@@ -16,15 +16,9 @@ if TYPE_CHECKING:
 
 def analyze(
     models: Models = "smol_llava",
-    data: Annotated[
-        Path | None,
-        # Not KVBENCH_DATA: what is found here may go into an evaluation on what lies there.
-        typer.Option(
-            help="Folder in MileBench's layout; without it, minimile's split that no task scores."
-        ),
-    ] = None,
-    tasks: Annotated[str, typer.Option(help="Tasks to draw prompts from: all, or names.")] = "all",
-    samples: Annotated[int, typer.Option(help="Prompts, drawn evenly from the tasks.")] = 12,
+    data: Unscored = None,
+    tasks: DrawnFrom = "all",
+    samples: Drawn = 12,
     methods: Annotated[
         str, typer.Option(help="Methods whose error is taken apart by layer.")
     ] = "rtn_int2,rtn_int2_wht,kivi,akvq_vl",
@@ -47,9 +41,7 @@ def analyze(
     ),
     device: Device = "auto",
     dtype: Dtype = "auto",
-    calibration: Annotated[
-        Path | None, typer.Option(help="Folder that kvbench calibrate wrote.")
-    ] = None,
+    calibration: Statistics = None,
 ) -> None:
     """Find text-salient layers, pivots, outliers and each layer's error; tables and figures."""
     from kvbench.analysis.request import AnalysisRequest

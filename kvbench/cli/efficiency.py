@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvbench.cli.options import Dtype, Models
+from kvbench.cli.options import Dtype, Models, Run
 from kvbench.cli.progress import Terminal
 from kvbench.cli.report import show
 from kvbench.cli.verbs import INTERRUPTED
@@ -35,10 +35,6 @@ Batch = Annotated[
     str | None,
     typer.Option(help="Batches to measure, such as 8,64,largest; the largest if not given."),
 ]
-Out = Annotated[
-    Path | None,
-    typer.Option(help="Folder for the results; continues a run that is there already."),
-]
 Plan = Annotated[bool, typer.Option("--plan", help="Only print what the capacity model expects.")]
 Named = Annotated[
     Preset | None, typer.Option(help="Measure a set of scenarios and print its goals.")
@@ -57,7 +53,7 @@ def efficiency(
     output_tokens: Output = None,
     vision_tokens: Vision = None,
     batch: Batch = None,
-    out: Out = None,
+    out: Run = None,
     plan: Plan = False,
     preset: Named = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one try.")] = 600.0,

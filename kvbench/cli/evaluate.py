@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,8 +18,11 @@ from kvbench.cli.options import (
     MaxNewTokens,
     Methods,
     Models,
+    Protocol,
+    Run,
     Seed,
     Statistics,
+    Tasks,
     Workers,
 )
 from kvbench.cli.resume import run_resumable
@@ -32,16 +34,11 @@ if TYPE_CHECKING:
 def evaluate(
     methods: Methods = "all",
     models: Models = "smol_llava",
-    tasks: Annotated[str, typer.Option(help="all (MileBench's twelve), or names.")] = "all",
-    protocol: Annotated[
-        str, typer.Option(help="quantized_prefill, exact_prefill, both, or sparse_prefill.")
-    ] = "quantized_prefill",
+    tasks: Tasks = "all",
+    protocol: Protocol = "quantized_prefill",
     limit: Limit = None,
     seed: Seed = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the results; continues a run that is there already."),
-    ] = None,
+    out: Run = None,
     data_root: DataRoot = None,
     batch: Batch = 1,
     max_new_tokens: MaxNewTokens = None,

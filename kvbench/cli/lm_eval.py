@@ -9,23 +9,19 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.options import Device, Dtype, Methods, Statistics
+from kvbench.cli.options import Device, Dtype, Methods, Model, OneProtocol, Statistics
 from kvbench.cli.resume import run_resumable
 from kvbench.errors import UserError
 
 
 def lm_eval(
     tasks: Annotated[str, typer.Option(help="Names of lm-eval's tasks, groups or tags.")],
-    model: Annotated[
-        str, typer.Option(help="Name of a model; name=/folder takes the checkpoint from there.")
-    ] = "smollm2",
+    model: Model = "smollm2",
     methods: Methods = "all",
     include: Annotated[
         Path | None, typer.Option(help="Folder with YAML files of tasks of your own.")
     ] = None,
-    protocol: Annotated[
-        str, typer.Option(help="quantized_prefill or exact_prefill.")
-    ] = "quantized_prefill",
+    protocol: OneProtocol = "quantized_prefill",
     limit: Annotated[int | None, typer.Option(help="At most so many documents a task.")] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples before a question; the task's own number if none.")

@@ -14,6 +14,18 @@ Methods = Annotated[
 Models = Annotated[
     str, typer.Option(help="all, or names; name=/folder takes the checkpoint from there.")
 ]
+Model = Annotated[
+    str, typer.Option(help="Name of a model; name=/folder takes the checkpoint from there.")
+]
+Tasks = Annotated[str, typer.Option(help="all (MileBench's twelve), or names.")]
+Protocol = Annotated[
+    str, typer.Option(help="quantized_prefill, exact_prefill, both, or sparse_prefill.")
+]
+OneProtocol = Annotated[str, typer.Option(help="quantized_prefill or exact_prefill.")]
+Run = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the results; continues a run that is there already."),
+]
 DataRoot = Annotated[
     Path | None,
     typer.Option(
@@ -21,6 +33,15 @@ DataRoot = Annotated[
         help="Folder with the tasks' folders in MileBench's layout; without it, minimile.",
     ),
 ]
+# Not KVBENCH_DATA: what is scored must not be tuned or analyzed on unasked.
+Unscored = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder in MileBench's layout; without it, minimile's split that no task scores."
+    ),
+]
+DrawnFrom = Annotated[str, typer.Option(help="Tasks to draw prompts from: all, or names.")]
+Drawn = Annotated[int, typer.Option(help="Prompts, drawn evenly from the tasks.")]
 Seed = Annotated[int, typer.Option(help="Which samples are taken where not all are.")]
 Device = Annotated[
     str,

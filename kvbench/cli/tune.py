@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.options import Device, Dtype, Models, Seed
+from kvbench.cli.options import Device, Drawn, DrawnFrom, Dtype, Models, OneProtocol, Seed, Unscored
 from kvbench.cli.progress import Terminal
 
 if TYPE_CHECKING:
@@ -29,13 +29,6 @@ Bits = Annotated[
 Bytes = Annotated[
     int | None, typer.Option("--bytes", help="Budget in mean bytes of a prompt's cache.")
 ]
-# Not KVBENCH_DATA: what is scored must not be tuned on unasked.
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder in MileBench's layout; without it, minimile's split that no task scores."
-    ),
-]
 
 
 def tune(
@@ -48,12 +41,10 @@ def tune(
     objective: Annotated[
         Objective, typer.Option(help="KL to FP16's answers, or accuracy.")
     ] = Objective.KL,
-    tasks: Annotated[str, typer.Option(help="Tasks to draw prompts from: all, or names.")] = "all",
-    protocol: Annotated[
-        str, typer.Option(help="quantized_prefill or exact_prefill.")
-    ] = "quantized_prefill",
-    data: Data = None,
-    samples: Annotated[int, typer.Option(help="Prompts, drawn evenly from the tasks.")] = 12,
+    tasks: DrawnFrom = "all",
+    protocol: OneProtocol = "quantized_prefill",
+    data: Unscored = None,
+    samples: Drawn = 12,
     trials: Annotated[int, typer.Option(help="Tables that the model is run with.")] = 40,
     clusters: Annotated[int, typer.Option(help="Groups of layers that share a choice.")] = 6,
     seed: Seed = 0,

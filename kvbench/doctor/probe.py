@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvbench.cache import cache_argument
+
 if TYPE_CHECKING:
     from transformers import Cache
 
@@ -56,7 +58,7 @@ def speak(model: Any, inputs: ModelInputs, cache: Cache) -> Spoken:
     length = inputs.input_ids.shape[1]
     out = model.generate(
         **inputs.kwargs(),
-        past_key_values=cache,
+        **cache_argument(model, cache),
         max_new_tokens=NEW_TOKENS,
         min_new_tokens=NEW_TOKENS,
         do_sample=False,

@@ -110,26 +110,12 @@ def nbytes(spans: Sequence[Span]) -> int:
     return round(total)
 
 
-def rows(spans: Sequence[Span], count: int) -> list[Span]:
-    """The first rows of spans."""
-
-    def head(side: States) -> States:
-        if isinstance(side, Tensor):
-            return side[:count]
-        zero = None if side.zero is None else side.zero[:count]
-        return PackedStates(
-            side.codes[:count], side.scale[:count], zero, side.bits, side.group, side.along
-        )
-
-    return [Span(head(s.keys), head(s.values), s.lengths[:count]) for s in spans]
-
-
 def error_of(query: Tensor, spans: Sequence[Span], out: Tensor) -> float:
     """Relative error of the first rows against float32 attention on the dequantized cache."""
-    wanted = reference(
-        query[:CHECKED_ROWS].float(), rows(spans, CHECKED_ROWS), query.shape[-1] ** -0.5
-    )
-    return float((out[:CHECKED_ROWS].float() - wanted).norm() / wanted.norm())
+    few = slice(CHECKED_ROWS)
+    scaling = query.shape[-1] ** -0.5
+    wanted = reference(query[few].float(), [span[few] for span in spans], scaling)
+    return float((out[few].float() - wanted).norm() / wanted.norm())
 
 
 def graphed(work: Callable[[], object]) -> Callable[[], object]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvbench.cache.argument import cache_argument
 from kvbench.cache.folding import fold_values
 from kvbench.cache.observers import image_token_ids
 from kvbench.cache.quantized import BoundMethod
@@ -202,6 +203,7 @@ class EagerEngine:
 
     @torch.no_grad()
     def _forward(self, inputs: Prompts) -> None:
-        out = self._model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        given = cache_argument(self._model, self._cache)
+        out = self._model(**inputs, **given, use_cache=True, logits_to_keep=1)
         self.outputs[:, self._place] = out.logits[:, -1].argmax(-1)
         self._place += 1

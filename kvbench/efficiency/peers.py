@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from kvbench.cache.argument import cache_argument
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.specs import layer_specs
 from kvbench.efficiency.prompts import micro_batches
@@ -108,7 +109,7 @@ def _generate(
     model.generate(
         **inputs,
         attention_mask=torch.ones_like(inputs["input_ids"]),
-        past_key_values=cache,
+        **cache_argument(model, cache),
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         do_sample=False,
@@ -129,10 +130,10 @@ def _probe(model: Any, inputs: Mapping[str, Tensor], cache: Any, workload: Workl
             shape = (batch, spec.num_kv_heads, tokens, spec.head_dim)
             states = torch.randn(shape, device=model.device, dtype=model.dtype)
             cache.update(states, states.clone(), spec.index)
-    token = inputs["input_ids"][:, :1]
+    token, given = inputs["input_ids"][:, :1], cache_argument(model, cache)
     for length in range(workload.cached_tokens - steps, workload.cached_tokens):
         mask = torch.ones(batch, length + 1, dtype=torch.int64, device=model.device)
-        model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+        model(input_ids=token, attention_mask=mask, **given, use_cache=True)
 
 
 def _work(model: PreTrainedModel, workload: Workload, stored: int) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class _Launch:
     """A case's decode attention, in any tuning, over one and the same cache."""
 
     def __init__(self, case: Case) -> None:
-        from kvbench.kernels.attention import split_count
+        from kvbench.kernels.attention import split_counts
         from kvbench.kernels.attention_launch import Question
 
         torch.manual_seed(0)
@@ -147,7 +147,7 @@ class _Launch:
         self.query = torch.randn(shape, dtype=torch.float16, device="cuda")
         self.out = torch.empty_like(self.query)
         self._question = Question(self.query, case.channels**-0.5)
-        self._splits = split_count(self.query, self.spans)
+        self._splits = split_counts(self.query, self.spans)
 
     def __call__(self, tunings: Tunings) -> None:
         from kvbench.kernels.attention_launch import decode

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,7 +80,7 @@ class StaticSide:
         to the one store there is; the rest fill the ring.
         """
         left, newest = states[:, :, :leaving], states[:, :, leaving:]
-        into = {bits: _rows_of(store, rows) for bits, store in self.packed.items()}
+        into = {bits: store[rows] for bits, store in self.packed.items()}
         if moves is None:
             for bits, store in into.items():
                 quantize_into(left, self._roundings[bits], store)
@@ -171,7 +170,7 @@ class StaticCache:
         for (side, states), count in zip(sides, leaving, strict=True):
             side.fill(rows, states, count, moves)
         schedule.fill(rows, index, bits, *leaving)
-        return [_of_rows(span, rows) for span in self.spans(index)]
+        return [span[rows] for span in self.spans(index)]
 
     def check(self) -> None:
         """Hold the prompts against the room that was made for them; waits for the device.
@@ -232,18 +231,6 @@ class StaticCache:
         ]
 
 
-def _of_rows(span: Span, rows: slice) -> Span:
-    """The same for some rows."""
-
-    def of(states: States) -> States:
-        if isinstance(states, Tensor):
-            return states[rows]
-        return _rows_of(states, rows)
-
-    starts = (None if at is None else at[rows] for at in (span.key_starts, span.value_starts))
-    return Span(of(span.keys), of(span.values), span.lengths[rows], *starts)
-
-
 def _shares_window(quantizer: LayerQuantizer) -> bool:
     return quantizer.key.window == quantizer.value.window
 
@@ -275,18 +262,6 @@ def _allocate(
         group,
         codec.along,
     )
-
-
-def _rows_of(states: PackedStates, rows: slice) -> PackedStates:
-    """Views of some rows."""
-    zero = None if states.zero is None else states.zero[rows]
-    return replace(states, codes=states.codes[rows], scale=states.scale[rows], zero=zero)
-
-
-def _tensors(states: PackedStates) -> dict[str, Tensor]:
-    """The tensors of packed states by the names of their fields."""
-    parts = {"codes": states.codes, "scale": states.scale, "zero": states.zero}
-    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _span(keys: States, values: States, reach: Reach) -> Span:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvbench.cache import ForeignCache, QuantizedCache
+from kvbench.cache import ForeignCache, QuantizedCache, cache_argument
 from kvbench.cache.specs import layer_specs
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def prompt_logits(model: Any, inputs: ModelInputs, cache: Cache, last: int) -> T
         # The model itself would go on from the last prompt that had images.
         extra["position_ids"] = positions.expand(3, -1, -1)
         model.model.rope_deltas = torch.zeros_like(positions[:, :1])
-    arguments: dict[str, Any] = {**inputs.kwargs(), **extra, "past_key_values": cache}
+    arguments: dict[str, Any] = {**inputs.kwargs(), **extra, **cache_argument(model, cache)}
     out = model(**arguments, use_cache=True, logits_to_keep=last)
     logits: Tensor = out.logits
     return logits
@@ -265,7 +265,7 @@ def decode_step(model: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         input_ids=ids,
         attention_mask=mask,
         position_ids=_next_positions(model, mask),
-        past_key_values=cache,
+        **cache_argument(model, cache),
         use_cache=True,
     )
     logits: Tensor = out.logits[:, -1]

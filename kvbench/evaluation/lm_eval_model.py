@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from rich.progress import track
 from torch import Tensor
 
-from kvbench.cache import QuantizedCache
+from kvbench.cache import QuantizedCache, cache_argument
 from kvbench.errors import UserError
 from kvbench.evaluation.calibration import calibrated, kept_statistics, statistics_for
 from kvbench.evaluation.choices import choose_methods
@@ -177,7 +177,7 @@ class _FromCache(_Parent):  # type: ignore[misc]
             prefill(self.model, without_last(prompt), cache)
             inputs.pop("pixel_values", None)  # the images are in the cache
         self._cache = cache
-        return {**inputs, "past_key_values": cache}
+        return inputs | cache_argument(self.model, cache)
 
 
 @register_model("kvbench-lm")

@@ -19,6 +19,8 @@ from kvbench.efficiency.step_profile import (
 from kvbench.efficiency.workload import Workload
 from kvbench.errors import UserError
 
+TINY_LAYERS = 3
+
 
 def test_launches_are_summed_by_name_and_pass() -> None:
     launches = [
@@ -67,7 +69,6 @@ def test_attention_is_among_the_kernels_of_a_step(tiny_llava_folder) -> None:
         model, "akvq_vl[recent=16]", Workload(44, 32, 24, 3), "engine", prefill_rows=2
     )
     prompts, step = profile_step(request, steps=2)
-    layers = 2
     names = {kernel.name: kernel.launches for kernel in step.kernels}
-    assert names["attend"] == layers
+    assert names["attend"] == TINY_LAYERS
     assert prompts.ms > 0 and step.ms > 0

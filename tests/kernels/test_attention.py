@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.kernels.attention import decode_attention, reference, unsupported
+from kvbench.kernels.attention import _split_count, decode_attention, reference, unsupported
 from kvbench.kernels.attention_launch import Question, Tuning, decode
 from kvbench.kernels.packing import pack
 from kvbench.kernels.states import PackedStates, Span, States
@@ -133,7 +133,7 @@ def check(
     pieces: Sequence[Piece],
     heads: int = H,
     dtype: torch.dtype = torch.float16,
-    splits: int = 1,
+    splits: Sequence[int] = (1, 1, 1),
     tile: int = 32,
     size: float = 1.0,
     columns: Sequence[int] = (),
@@ -149,7 +149,7 @@ def check(
         settings["columns"] = numbers(*columns)
     out = torch.full_like(query, torch.nan)
     tunings = [Tuning(tile, 1, 2)] * len(spans)
-    decode(Question(query, 0.1, **settings), spans, out, splits, tunings)
+    decode(Question(query, 0.1, **settings), spans, out, splits[: len(spans)], tunings)
     # Probabilities are rounded to the states' type, whatever the query's.
     assert error(out, wanted) < (1e-5 if dtype == torch.float32 else 1e-3)
     bound = 1e-5 if dtype == torch.float32 else 5e-4
@@ -197,8 +197,8 @@ def test_exact_states_in_a_ring(dtype: torch.dtype) -> None:
     check([Piece(keys, values, (40, 23), (30, 49), (39, 2))], heads=4, dtype=dtype)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_spans_of_all_precisions_are_one_softmax(splits: int) -> None:
+@pytest.mark.parametrize("splits", [(1, 1, 1), (3, 3, 3), (2, 1, 3)])
+def test_spans_of_all_precisions_are_one_softmax(splits: Sequence[int]) -> None:
     pieces = [
         Piece(packed(64), packed(64, 4, 64, "int"), (40, 0)),
         Piece(exact(48), packed(48, 8), (0, 40), (9, 9)),
@@ -254,7 +254,7 @@ def test_a_row_without_tokens_is_zero() -> None:
     query = torch.randn(B, 4, D).half().to(DEVICE)
     for splits in (1, 2):
         out = torch.full_like(query, torch.nan)
-        decode(Question(query, 0.1), spans, out, splits)
+        decode(Question(query, 0.1), spans, out, (splits, 1))
         assert not out[0].any() and out[1].isfinite().all()
     assert not decode_attention(query, spans, 0.1)[0].any()
     nothing = [Piece(exact(0), exact(0), (0, 0)).span]
@@ -286,6 +286,23 @@ def test_views_are_read_where_they_are() -> None:
         Piece(view(exact(24)), view(exact(24)), (24, 20), (3, 4)),
     ]
     check(pieces, heads=4)
+
+
+def test_long_packed_spans_are_cut_and_short_ones_fill_the_device() -> None:
+    def count(states: States, wanted: int) -> int:
+        return _split_count(Span(states, states, torch.ones(1)), wanted)
+
+    def codes(tokens: int) -> PackedStates:
+        room = torch.empty(1, 1, tokens, 32, dtype=torch.uint8, device="meta")
+        return PackedStates(room, room, None, 2, D)
+
+    tokens = torch.empty(1, 1, 4096, D, device="meta")
+    assert count(codes(4096), 0) == 4
+    assert count(codes(4096), 9) == 9
+    assert count(codes(600), 0) == 1
+    assert count(codes(600), 9) == 2  # 256 tokens each, at least
+    assert count(tokens, 0) == 1
+    assert count(tokens, 100) == 16
 
 
 def test_the_answer_goes_where_it_is_asked_for() -> None:

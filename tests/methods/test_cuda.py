@@ -44,8 +44,9 @@ def test_answers_equal_those_of_the_cpu(
     assert twin.nbytes() == cache.nbytes()
     assert twin.packed_tokens_read == cache.packed_tokens_read
     for got, wanted in zip(mine.logits, expected.logits, strict=True):
-        # The angles of rotary embedding are float32 on both.
-        torch.testing.assert_close(got.cpu(), wanted, atol=1e-5, rtol=1e-5)
+        # The angles of rotary embedding are float32 on both and differ in their last bit, which
+        # now and then moves a number to the next code. Attention in float16 is off by ten times.
+        torch.testing.assert_close(got.cpu(), wanted, atol=3e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
