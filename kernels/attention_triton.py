@@ -149,7 +149,8 @@ def scores_of(
     return scores, rows
 
 
-@triton.jit
+# Splits follow the number of rows: one kernel serves a prompt's last micro-batch as well.
+@triton.jit(do_not_specialize=("slots", "splits"))
 def attend(
     query: tl.tuple,
     spans: tl.tuple,

@@ -15,7 +15,8 @@ def cache_argument(model: Any, cache: Cache) -> dict[str, Cache]:
     That is `cache` from transformers 5.24 on, where the older `past_key_values` warns until it
     goes; models that are defined elsewhere may keep the older one.
     """
-    return {_name(type(model)): cache}
+    kind: Any = type(model)
+    return {_name(kind): cache}
 
 
 @lru_cache

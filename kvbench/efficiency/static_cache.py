@@ -85,7 +85,7 @@ class StaticSide:
             for bits, store in into.items():
                 quantize_into(left, self._roundings[bits], store)
         else:
-            stores = [*into.values(), self.exact[rows]]
+            stores: list[States] = [*into.values(), self.exact[rows]]
             scatter(left, stores, [*self._roundings.values(), None], moves.leaving, moves.places)
         start = self.layout.exact
         self.exact[rows, :, start : start + newest.shape[2]].copy_(newest)

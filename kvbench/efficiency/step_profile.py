@@ -159,7 +159,7 @@ def _profiled(title: str, work: Callable[[], object], passes: int) -> Profile:
 
 
 def _is_kernel(event: Any) -> bool:
-    return event.device_type == torch.autograd.DeviceType.CUDA
+    return bool(event.device_type.name == "CUDA")
 
 
 def _launch(event: Any) -> Launch:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvbench.efficiency.engine import StaticEngine
 from kvbench.efficiency.request import TrialRequest, TrialResult
 from kvbench.efficiency.trial import main, run_trial
 from kvbench.efficiency.workload import Workload
@@ -59,6 +61,21 @@ def test_weights_are_counted_once(request_of: TrialRequest, tiny_llava_folder: P
     assert result.vision_bytes is not None
     extra = result.weight_bytes + result.vision_bytes - 4 * numbers
     assert 0 <= extra <= 8 * 64  # buffers of whole numbers take eight bytes
+
+
+def test_every_shape_runs_before_the_clock_does(
+    request_of: TrialRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = []
+    prefill = StaticEngine.prefill
+
+    def recorded(engine: StaticEngine, first_row: int, prompts: Any) -> None:
+        rows.append((first_row, len(prompts["input_ids"])))
+        prefill(engine, first_row, prompts)
+
+    monkeypatch.setattr(StaticEngine, "prefill", recorded)
+    run_trial(request_of)
+    assert rows == [(0, 2), (0, 1), (0, 2), (2, 1)]
 
 
 def test_a_probe_measures_nothing(request_of: TrialRequest) -> None:
