@@ -63,8 +63,9 @@ def layer_size(
         at_once: The prompt's tokens; those after it are taken for generated, all in one step. None
             is all.
     """
-    layer = empty_layer(view, method, at_once)
+    layer = empty_layer(view, method)
     for part in _parts(view.keys.shape[1], at_once):
+        _show(layer.observed, view, part)
         step, _ = layer.update(view.keys[None, :, part], view.values[None, :, part])
         query, mask = view.query[None, :, part], None
         if not all_queries:
@@ -82,20 +83,22 @@ def _parts(tokens: int, at_once: int | None) -> list[slice]:
     return [slice(0, at_once), slice(at_once, tokens)]
 
 
-def empty_layer(view: LayerView, method: BoundMethod, prompt: int | None = None) -> QuantizedLayer:
-    """A method's storage of a layer, which knows of the prompt what the model's own would.
-
-    `prompt`: the view's tokens that are it; None is all.
-    """
+def empty_layer(view: LayerView, method: BoundMethod) -> QuantizedLayer:
+    """A method's storage of a layer, which knows of the prompt what the model's own would."""
     quantizer = method.quantizers[view.spec.index]
     observed = Observed(method.method.needs, quantizer.key.pre_rope)
-    valid, is_vision = view.observed.valid, view.observed.is_vision
-    observed.valid = None if valid is None else valid[:, :prompt]
-    observed.is_vision = None if is_vision is None else is_vision[:, :prompt]
-    observed.residual[view.spec.index] = view.residual[None, :prompt]
     observed.rotary = view.observed.rotary
+    _show(observed, view, slice(None))
     spec = method.specs[view.spec.index]
     return QuantizedLayer(quantizer, spec, "quantized_prefill", observed)
+
+
+def _show(observed: Observed, view: LayerView, part: slice) -> None:
+    """What the model shows of some tokens."""
+    valid, is_vision = view.observed.valid, view.observed.is_vision
+    observed.valid = None if valid is None else valid[:, part]
+    observed.is_vision = None if is_vision is None else is_vision[:, part]
+    observed.residual[view.spec.index] = view.residual[None, part]
 
 
 def stored_states(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ def write_matched(directory: Path) -> list[Path]:
         UserError: the folder has no rows or no settings, or can't be written to.
     """
     found, lines, drawn = _read(directory), [], []
-    parts = ["# Methods at matched bits", f"{_NOTES} {found[0][0].notes}"]
+    parts = ["# Methods at matched bits", f"{_NOTES}\n\n{found[0][0].notes}"]
     for results, mine in found:
         parts.append(results.header)
         parts += [f"### {match.budget:g} bits\n\n{_table(match, results)}" for match in mine]
