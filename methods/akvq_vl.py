@@ -31,7 +31,8 @@ class AKVQVL:
 
     Where the paper is silent: pivots are searched in the prompt only, at the input of each layer
     without text salience; clipping multiplies both ends of the range; the zero point is not
-    clamped; the window counts the token being decoded. The alternatives are fields.
+    clamped; the window counts the token being decoded. The alternatives are fields. A `clip` (of
+    `bits`) or `text_clip` (of `text_bits`) of None is the paper's: 0.8 at 2 bits, 1.0 at more.
     """
 
     label: ClassVar[str] = "AKVQ-VL"
@@ -47,8 +48,8 @@ class AKVQVL:
 
     recent: int = 128
     pivots: int = 15
-    clip: float = 0.8
-    text_clip: float = 1.0
+    clip: float | None = None
+    text_clip: float | None = None
     bits: int = 2
     text_bits: int = 4
     group_size: int = 128
@@ -80,9 +81,9 @@ class AKVQVL:
     def layer(self, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
         """Two precisions behind a rotation, and the plan of the layer's attention pattern."""
         group = min(self.group_size, spec.head_dim)
-        clips = {self.bits: self.clip, self.text_bits: self.text_clip}
+        clips, mode = {self.bits: self.clip, self.text_bits: self.text_clip}, self.clip_mode
         codecs = {
-            bits: Affine(bits, group, zero=self.zero, clip=clip, clip_mode=self.clip_mode)
+            bits: Affine(bits, group, zero=self.zero, clip=_clip(bits, clip), clip_mode=mode)
             for bits, clip in clips.items()
         }
         window = Sliding(self.recent, self.window_counts_current, self.flush_every)
@@ -99,6 +100,10 @@ class AKVQVL:
         )
         plan: Plan = TextSalient(self.text_bits, self.bits) if text else Uniform(self.bits)
         return PivotSalient(self.pivots, plan, self.detector) if pivots else plan
+
+
+def _clip(bits: int, given: float | None) -> float:
+    return (0.8 if bits == 2 else 1.0) if given is None else given
 
 
 METHODS: dict[str, KVQuantizer] = {

@@ -77,8 +77,8 @@ class RotateKV:
 
     Keys before RoPE: groups of `heads` heads times H/√(heads · D), then all channels sorted by
     their calibrated sum. Values: each head times H/√D. Pivots: the tokens of the `pivots` largest
-    elements of the residual stream that enters the layer; several may be one token's. The paper's
-    clip is 0.8 at 2 bits and 1.0 at 3 and 4.
+    elements of the residual stream that enters the layer; several may be one token's. A `clip` of
+    None is the authors': 0.8 at 2 bits, 1.0 at more.
 
     Where the number of key/value heads isn't a multiple of `heads`, the largest power of two that
     divides it is taken (3 heads: each alone). Deviations from the released code: it sorts by
@@ -97,7 +97,7 @@ class RotateKV:
 
     bits: int = 2
     group_size: int = 128
-    clip: float = 0.8
+    clip: float | None = None
     pivots: int = 20
     heads: int = 4
     reorder: bool = True
@@ -127,7 +127,8 @@ class RotateKV:
     def layer(self, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
         """One codec behind two rotations, and pivots."""
         kind = SquaredDivisor if self.compat_divisor and self.bits == 3 else Affine
-        codec = kind(self.bits, min(self.group_size, spec.head_dim), clip=self.clip)
+        clip = (0.8 if self.bits == 2 else 1.0) if self.clip is None else self.clip
+        codec = kind(self.bits, min(self.group_size, spec.head_dim), clip=clip)
         groups = HeadGroups(_dividing(self.heads, spec.num_kv_heads), spec.head_dim)
         turn: Transform = groups
         if self.reorder:

@@ -27,7 +27,9 @@ ALLOWED = {
     "evaluation": {"cache", "errors", "models", "registry", "specs", "tasks"},
     "efficiency": {"cache", "errors", "evaluation", "kernels", "models", "registry", "specs"},
     "analysis": {"cache", "errors", "evaluation", "registry", "specs"},
-    "matching": {"analysis", "cache", "errors", "evaluation", "registry", "specs"},
+    "matching": {
+        *("analysis", "cache", "errors", "evaluation", "models", "perplexity", "registry", "specs"),
+    },
     "perplexity": {"cache", "errors", "evaluation", "models"},
     "tuning": {
         *("analysis", "cache", "errors", "evaluation", "models", "registry", "specs"),
@@ -50,6 +52,7 @@ ALLOWED = {
 # tasks.
 SEES = {
     ("tuning", "models"): {"vision"},
+    ("matching", "models"): {"inputs"},
     ("report", "evaluation"): {"files", "rows", "statistics", "store", "typed"},
     ("report", "efficiency"): {"rows"},
     ("report", "perplexity"): {"rows"},

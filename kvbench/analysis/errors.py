@@ -50,30 +50,55 @@ def layer_error(view: LayerView, method: BoundMethod) -> LayerError:
     )
 
 
-def layer_size(view: LayerView, method: BoundMethod, *, all_queries: bool) -> tuple[int, int]:
-    """Bytes that a layer's prompt takes as a method stores it, and the numbers they stand for.
+def layer_size(
+    view: LayerView, method: BoundMethod, *, all_queries: bool, at_once: int | None = None
+) -> tuple[int, int]:
+    """Bytes that a layer's tokens take as a method stores them, and the numbers they stand for.
 
-    `all_queries`: let every query attend, for methods that look at attention; else the last does,
-    which is much faster.
+    Args:
+        view: The layer.
+        method: What stores it.
+        all_queries: Let every query attend, for methods that look at attention; else the last of
+            a part does, which is much faster.
+        at_once: The prompt's tokens; those after it are taken for generated, all in one step. None
+            is all.
     """
     layer = empty_layer(view, method)
-    step, _ = layer.update(view.keys[None], view.values[None])
-    query, mask = view.query[None], None if view.mask is None else view.mask[None, None]
-    if not all_queries:
-        query, mask = query[:, :, -1:], None
-    layer.attend(nn.Identity(), query, step, mask, view.scaling, view.softcap)
+    for part in _parts(view.keys.shape[1], at_once):
+        _show(layer.observed, view, part)
+        step, _ = layer.update(view.keys[None, :, part], view.values[None, :, part])
+        query, mask = view.query[None, :, part], None
+        if not all_queries:
+            query = query[:, :, -1:]
+        elif view.mask is not None:
+            mask = view.mask[None, None, part, : part.stop]
+        layer.attend(nn.Identity(), query, step, mask, view.scaling, view.softcap)
     return layer.row_nbytes(0), layer.elements[0]
+
+
+def _parts(tokens: int, at_once: int | None) -> list[slice]:
+    """A prompt, and what follows it if anything does."""
+    if at_once is None or at_once >= tokens:
+        return [slice(0, tokens)]
+    return [slice(0, at_once), slice(at_once, tokens)]
 
 
 def empty_layer(view: LayerView, method: BoundMethod) -> QuantizedLayer:
     """A method's storage of a layer, which knows of the prompt what the model's own would."""
     quantizer = method.quantizers[view.spec.index]
     observed = Observed(method.method.needs, quantizer.key.pre_rope)
-    observed.valid, observed.is_vision = view.observed.valid, view.observed.is_vision
-    observed.residual[view.spec.index] = view.residual[None]
     observed.rotary = view.observed.rotary
+    _show(observed, view, slice(None))
     spec = method.specs[view.spec.index]
     return QuantizedLayer(quantizer, spec, "quantized_prefill", observed)
+
+
+def _show(observed: Observed, view: LayerView, part: slice) -> None:
+    """What the model shows of some tokens."""
+    valid, is_vision = view.observed.valid, view.observed.is_vision
+    observed.valid = None if valid is None else valid[:, part]
+    observed.is_vision = None if is_vision is None else is_vision[:, part]
+    observed.residual[view.spec.index] = view.residual[None, part]
 
 
 def stored_states(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 from functools import cache
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kvbench.errors import UserError
@@ -16,7 +17,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def check_fields(instance: Any) -> None:
-    """Hold every int, float, bool, str and Literal field of a dataclass against its annotation.
+    """Hold every int, float, bool, str, Literal and `X | None` field against its annotation.
 
     Raises:
         UserError: a value has another type, isn't finite, or is none of the choices.
@@ -32,8 +33,12 @@ def check_fields(instance: Any) -> None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, one) for one in get_args(kind))
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if kind is NoneType:
+        return value is None
     if kind in (bool, str):
         return isinstance(value, kind)
     if kind is int:
@@ -45,7 +50,15 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _expected(kind: Any) -> str:
+    if get_origin(kind) is UnionType:
+        return " or ".join(map(_expected, get_args(kind)))
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))
-    texts = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    texts = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a finite number",
+        str: "text",
+        NoneType: "None",
+    }
     return texts[kind]

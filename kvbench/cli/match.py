@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from kvbench.cli.matching import run_match
 from kvbench.cli.options import (
     Batch,
     DataRoot,
@@ -20,10 +21,6 @@ from kvbench.cli.options import (
     Statistics,
     Workers,
 )
-from kvbench.cli.progress import Terminal
-
-if TYPE_CHECKING:
-    from kvbench.matching.request import MatchRequest
 
 
 def match(
@@ -56,6 +53,7 @@ def match(
     """Set every method to the same stored bits and answer the tasks: what is best at a size."""
     from kvbench.api import evaluation_request
     from kvbench.matching.request import MatchRequest, read_budgets
+    from kvbench.matching.tasks import OnTasks
 
     evaluation = evaluation_request(
         methods,
@@ -73,22 +71,4 @@ def match(
         workers=workers,
         calibration=calibration,
     )
-    _run(MatchRequest(evaluation, read_budgets(bits), samples), plan)
-
-
-def _run(request: MatchRequest, plan: bool) -> None:
-    from kvbench.matching.run import compare
-    from kvbench.matching.run import match as find
-    from kvbench.report.matched import matched_plan, matched_summary, write_matched
-
-    out = request.evaluation.out
-    with Terminal() as progress:
-        found = find(request, progress)
-        typer.echo(matched_plan(out))
-        if plan:
-            return
-        compare(request, found, progress)
-    paths = write_matched(out)
-    typer.echo(matched_summary(out))
-    for path in paths:
-        typer.echo(str(path))
+    run_match(MatchRequest(OnTasks(evaluation, samples), read_budgets(bits)), plan)

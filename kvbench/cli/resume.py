@@ -12,13 +12,19 @@ from kvbench.cli.report import show
 from kvbench.cli.verbs import INTERRUPTED
 
 
-def run_resumable(out: Path, rows: str, work: Callable[[Terminal], object]) -> None:
+def run_resumable(
+    out: Path,
+    rows: str,
+    work: Callable[[Terminal], object],
+    show: Callable[[Path], object] = show,
+) -> None:
     """Do the work behind a progress bar and show its tables; interrupted, those of the rows so far.
 
     Args:
         out: The output folder.
         rows: Name of the file in it that the work appends to.
         work: The run.
+        show: Writes the tables of `out` and prints them.
     """
     try:
         with Terminal() as progress:

@@ -1,7 +1,7 @@
 """Stored bits of many settings at once, from prompts that the model runs once.
 
 The model shows each layer's states, and every setting stores them as it would in a cache of its
-own: what is counted is what a cache holds after the prompt, to the byte, under `exact_prefill`.
+own: what is counted is what a cache holds after all tokens, to the byte, under `exact_prefill`.
 Under `quantized_prefill` later layers see other states, and a plan that looks at them may differ
 a little.
 """
@@ -24,22 +24,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TaskPrompt:
-    """A prompt and the task it belongs to."""
+class Prompt:
+    """What a cache is to hold, from the first token to the last.
 
-    task: str
+    Attributes:
+        group: Its task, or its text: groups weigh the same.
+        inputs: One row of T tokens.
+        at_once: Tokens that the model reads in one pass; the rest is decoded. None is all.
+    """
+
+    group: str
     inputs: ModelInputs
+    at_once: int | None = None
 
 
 def stored_bits(
     model: PreTrainedModel,
-    prompts: Iterable[TaskPrompt],
+    prompts: Iterable[Prompt],
     methods: Sequence[BoundMethod],
     *,
     shared: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Bits an element of each method: mean over a task's prompts, then over tasks.
+    """Bits an element of each method: mean over a group's prompts, then over groups.
 
     Args:
         model: The model that the methods are bound to.
@@ -51,12 +58,12 @@ def stored_bits(
     """
     found: list[dict[str, list[float]]] = [{} for _ in methods]
     for prompt in prompts:
-        meter = _Meter(methods, shared)
+        meter = _Meter(methods, shared, prompt.at_once)
         watch(model, list(methods[0].specs), prompt.inputs, meter.visit)
-        for by_task, bits in zip(found, meter.bits(), strict=True):
-            by_task.setdefault(prompt.task, []).append(bits)
+        for by_group, bits in zip(found, meter.bits(), strict=True):
+            by_group.setdefault(prompt.group, []).append(bits)
         advance()
-    return [fmean(map(fmean, by_task.values())) for by_task in found]
+    return [fmean(map(fmean, by_group.values())) for by_group in found]
 
 
 def depends_on_states(needs: Needs) -> bool:
@@ -67,8 +74,8 @@ def depends_on_states(needs: Needs) -> bool:
 class _Meter:
     """Bytes of one prompt in every method, and the numbers that they stand for."""
 
-    def __init__(self, methods: Sequence[BoundMethod], shared: bool) -> None:
-        self._methods = methods
+    def __init__(self, methods: Sequence[BoundMethod], shared: bool, at_once: int | None) -> None:
+        self._methods, self._at_once = methods, at_once
         self._by_parts = [shared or not depends_on_states(m.method.needs) for m in methods]
         self._sizes = [(0, 0)] * len(methods)
         self._known: dict[str, tuple[int, int]] = {}
@@ -97,11 +104,11 @@ class _Meter:
         needs = method.method.needs
         looks = depends_on_states(replace(needs, residual=False))
         if not by_parts:
-            return layer_size(view, method, all_queries=looks)
+            return layer_size(view, method, all_queries=looks, at_once=self._at_once)
         index = view.spec.index
         key = _parts(method.quantizers[index], method.specs[index])
         if key not in self._known:
-            self._known[key] = layer_size(view, method, all_queries=looks)
+            self._known[key] = layer_size(view, method, all_queries=looks, at_once=self._at_once)
         return self._known[key]
 
 

@@ -6,31 +6,27 @@ import math
 from dataclasses import dataclass
 
 from kvbench.errors import UserError
-from kvbench.evaluation.request import EvalRequest, at_least
+from kvbench.matching.evaluations import Evaluation
 from kvbench.specs import split_specs
 
 
 @dataclass(frozen=True)
 class MatchRequest:
-    """Methods to bring to the same sizes, and the evaluation that then compares them.
+    """Sizes to bring methods to, and the evaluation that then compares them.
 
     Attributes:
-        evaluation: Models, methods, tasks and the rest; methods' fields that differ from their
-            defaults are kept.
+        evaluation: Models, methods, and what they are compared on.
         budgets: Stored bits an element, metadata and exact tokens counted.
-        samples: Prompts of the evaluation to measure storage with, drawn evenly from its tasks.
 
     Raises:
-        UserError: A value is out of range.
+        UserError: There are no budgets.
     """
 
-    evaluation: EvalRequest
+    evaluation: Evaluation
     budgets: tuple[float, ...]
-    samples: int = 12
 
     def __post_init__(self) -> None:
         """Check everything that needs no heavy import."""
-        at_least("samples", self.samples, 1)
         if not self.budgets:
             raise UserError("no bits to match: give at least one number, such as --bits 2.75")
 

@@ -5,27 +5,23 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import kvbench
 from kvbench.errors import UserError
 from kvbench.evaluation.files import write_atomically
-from kvbench.evaluation.hardware import check_available, load
+from kvbench.evaluation.hardware import check_available
 from kvbench.evaluation.progress import Progress
-from kvbench.evaluation.run import evaluate
-from kvbench.evaluation.samples import ask, encoded, read_cell
-from kvbench.evaluation.session import calibration
 from kvbench.matching.choose import Absent, Sized, nearest, within_reach
 from kvbench.matching.knobs import Candidate, candidates
-from kvbench.matching.measure import TaskPrompt, depends_on_states, stored_bits
+from kvbench.matching.measure import Prompt, depends_on_states, stored_bits
 from kvbench.matching.request import MatchRequest
 
 if TYPE_CHECKING:
     from kvbench.cache import BoundMethod, Calibration
     from kvbench.evaluation.choices import MethodChoice
-    from kvbench.evaluation.request import EvalRequest
     from kvbench.models.load import LoadedModel
     from kvbench.models.zoo import ModelEntry
 
@@ -34,12 +30,13 @@ MATCHED = "matched.json"
 
 @dataclass(frozen=True)
 class Matched:
-    """One model's settings for one budget."""
+    """One model's settings for one budget; `conditions` as in `Ground`."""
 
     model: str
     budget: float
     found: tuple[Sized, ...]
     absent: tuple[Absent, ...]
+    conditions: Mapping[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,7 @@ def match(request: MatchRequest, progress: Progress) -> list[Matched]:
     document = {
         "command": shlex.join(["kvbench", *sys.argv[1:]]),
         "version": kvbench.__version__,
+        "rows": evaluation.rows,
         "matches": [_plain(one) for one in found],
     }
     write_atomically(evaluation.out / MATCHED, json.dumps(document, indent=2) + "\n")
@@ -74,7 +72,7 @@ def compare(request: MatchRequest, matched: Sequence[Matched], progress: Progres
     """Evaluate the settings of each model beside the 16-bit cache.
 
     Raises:
-        UserError: no method has any of the sizes, or as `evaluate`.
+        UserError: no method has any of the sizes, or as the evaluation's `run`.
     """
     from kvbench.evaluation.choices import REFERENCE, choose_methods
 
@@ -85,28 +83,28 @@ def compare(request: MatchRequest, matched: Sequence[Matched], progress: Progres
         for one in matched:
             if one.model == entry.name:
                 chosen |= {s.candidate.choice.spec: s.candidate.choice for s in one.found}
-        methods = tuple(chosen.values())
-        evaluate(replace(request.evaluation, models=(entry,), methods=methods), progress)
+        request.evaluation.run(entry, tuple(chosen.values()), progress)
 
 
 def _match(entry: ModelEntry, request: MatchRequest, progress: Progress) -> Iterator[Matched]:
     evaluation = request.evaluation
-    loaded = load(entry, evaluation.device, evaluation.dtype)
-    statistics = calibration(loaded, evaluation, progress)
-    ready, refused = _ready(loaded, evaluation.methods, statistics)
-    prompts = list(_prompts(loaded, evaluation, request.samples))
-    progress.note(f"{entry.name}: {len(ready)} settings on {len(prompts)} prompts")
-    sized = _measured(loaded, ready, prompts, request.budgets, progress)
+    ground = evaluation.ground(entry, progress)
+    ready, refused = _ready(ground.loaded, evaluation.methods, ground.statistics)
+    progress.note(f"{entry.name}: {len(ready)} settings on {len(ground.prompts)} prompts")
+    sized = _measured(ground.loaded, ready, ground.prompts, request.budgets, progress)
     for budget in request.budgets:
         verdicts = [
             refused.get(choice.spec)
             or nearest(choice.spec, [s for s in sized if s.candidate.name == choice.spec], budget)
             for choice in evaluation.methods
         ]
-        yield _distinct(entry.name, budget, verdicts)
+        found, absent = _distinct(verdicts)
+        yield Matched(entry.name, budget, found, absent, ground.conditions)
 
 
-def _distinct(model: str, budget: float, verdicts: Sequence[Sized | Absent]) -> Matched:
+def _distinct(
+    verdicts: Sequence[Sized | Absent],
+) -> tuple[tuple[Sized, ...], tuple[Absent, ...]]:
     """Two names may end up as one method: the one that had to change less is kept."""
     found: list[Sized] = []
     absent = [verdict for verdict in verdicts if isinstance(verdict, Absent)]
@@ -120,7 +118,7 @@ def _distinct(model: str, budget: float, verdicts: Sequence[Sized | Absent]) -> 
             spec = twin.candidate.choice.spec
             absent.append(Absent(one.candidate.name, f"is the same as {spec}"))
     found.sort(key=sized.index)
-    return Matched(model, budget, tuple(found), tuple(absent))
+    return tuple(found), tuple(absent)
 
 
 def _ready(
@@ -151,7 +149,7 @@ def _ready(
 def _measured(
     loaded: LoadedModel,
     ready: Sequence[_Ready],
-    prompts: Sequence[TaskPrompt],
+    prompts: Sequence[Prompt],
     budgets: Sequence[float],
     progress: Progress,
 ) -> list[Sized]:
@@ -181,22 +179,11 @@ def _measured(
     return sized
 
 
-def _prompts(loaded: LoadedModel, request: EvalRequest, samples: int) -> Iterator[TaskPrompt]:
-    """Prompts of the evaluation, the same number of each task."""
-    share = -(-samples // len(request.tasks))
-    for name in request.tasks:
-        cell = read_cell(name, request.data_root, request.limit, request.seed)
-        step = max(len(cell.samples) / share, 1)
-        places = dict.fromkeys(int(i * step) for i in range(min(share, len(cell.samples))))
-        for place in places:
-            question = ask(loaded, cell.task, cell.samples[place])
-            yield TaskPrompt(name, encoded(loaded, [question]))
-
-
 def _plain(one: Matched) -> dict[str, Any]:
     points = [
         {"name": s.candidate.name, "method": s.candidate.choice.spec, "bits": s.bits}
         for s in one.found
     ]
     absent = {each.name: each.reason for each in one.absent}
-    return {"model": one.model, "budget": one.budget, "points": points, "absent": absent}
+    found = {"model": one.model, "budget": one.budget, "points": points, "absent": absent}
+    return {**found, "conditions": dict(one.conditions)}

@@ -9,31 +9,22 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kvbench
 from kvbench.errors import UserError
-from kvbench.evaluation.calibration import (
-    calibrated,
-    keep_statistics,
-    kept_statistics,
-    lacking,
-    statistics_for,
-    statistics_of_text,
-)
 from kvbench.evaluation.environment import environment
 from kvbench.evaluation.hardware import check_available, is_out_of_memory, load
 from kvbench.evaluation.lines import Lines
 from kvbench.evaluation.session import prepared_methods
 from kvbench.evaluation.store import write_run
 from kvbench.evaluation.text import Text, Windows, cut, read_text
+from kvbench.perplexity.calibration import calibration
 from kvbench.perplexity.rows import KIND, Identity, PerplexityRow, Scores, make_row
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvbench.cache import Calibration
     from kvbench.evaluation.progress import Progress
     from kvbench.evaluation.runner import PreparedMethod
     from kvbench.models.load import LoadedModel
@@ -97,7 +88,7 @@ class Runner:
         """Calibrate if a method needs it, and make all methods ready."""
         self._request, self._loaded, self._text, self._windows = request, loaded, text, windows
         self._lines, self._progress = lines, progress
-        statistics = self._statistics()
+        statistics = calibration(request, loaded, text, windows, progress)
         self.methods = prepared_methods(
             loaded, request.methods, request.protocols, statistics, progress
         )
@@ -236,28 +227,6 @@ class Runner:
             )
             for number, ids in zip(batch.numbers, batch.ids.tolist(), strict=True)
         ]
-
-    def _statistics(self) -> Calibration | None:
-        """Of the held-out windows, made once and kept beside the rows; None if nobody asks."""
-        needing = calibrated(self._request.methods)
-        names = statistics_for(needing)
-        if not names:
-            return None
-        loaded, held_out = self._loaded, self._windows.held_out
-        path = self._calibration_file()
-        if missing := lacking(path, names):
-            self._progress.note(
-                f"calibrating {loaded.entry.name} for {', '.join(needing)} on the last "
-                f"{len(held_out)} windows of {self._text.name}, which are not scored"
-            )
-            made = statistics_of_text(loaded, missing, self._text, held_out)
-            keep_statistics(made, path)
-        return kept_statistics(path, loaded, names)
-
-    def _calibration_file(self) -> Path:
-        made_on = f"{self._text.sha256[:12]}-{self._request.window}"
-        name = f"{self._loaded.entry.name}-{self._loaded.revision[:12]}-{made_on}.safetensors"
-        return self._request.out / "calibration" / name
 
 
 def _usages(method: PreparedMethod, model: Any, cache: Any, ids: Tensor) -> list[dict[str, Any]]:

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import UserError
 from kvbench.evaluation.files import write_atomically
-from kvbench.evaluation.statistics import CONFIDENCE, Interval
-from kvbench.report.board import SETTING_COLUMNS, Block, build
-from kvbench.report.cells import BASELINE, Cell
+from kvbench.evaluation.store import SAMPLES
+from kvbench.report.cells import BASELINE
 from kvbench.report.figures import figure, files, legend_below, line_style
-from kvbench.report.header import header, title
+from kvbench.report.matched_results import Results
+from kvbench.report.matched_tasks import task_results
+from kvbench.report.matched_text import text_results
 from kvbench.report.paper import label, paper_table
-from kvbench.report.table2 import bits, mean_score, percent_number, score
-from kvbench.report.text import (
-    MISSING,
-    amount,
-    csv_text,
-    escape,
-    estimate,
-    markdown_table,
-    number,
-    p_value,
-    percent_range,
-)
-from kvbench.report.write import read_results
+from kvbench.report.text import MISSING, csv_text, escape, markdown_table, number
+from kvbench.report.write import PERPLEXITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,12 +26,10 @@ if TYPE_CHECKING:
 MATCHED = "matched.json"
 _LEGEND = 24
 """Characters of a method in the legend."""
-NOTES = f"""\
+_NOTES = """\
 Each method is set so that it stores the most bits an element that don't exceed the budget, with
-metadata, windows and exact tokens. "Measured" are its bits on the prompts that the setting was
-chosen with, "Bits" those of all samples. Best first. Accuracy in percent, every task weighing the
-same, with its {CONFIDENCE:.0%} bootstrap interval; difference to FP16 on the same samples; p:
-McNemar; KL(fp16 || method) in nats over the answers' tokens."""
+metadata, windows and exact tokens. "Measured" are its bits on what the setting was chosen with."""
+_READERS = {SAMPLES: task_results, PERPLEXITY: text_results}
 
 
 @dataclass(frozen=True)
@@ -54,6 +42,13 @@ class Match:
     """`name`, `method` and measured `bits` of each setting."""
     absent: dict[str, str]
     """Methods without such a setting, and why."""
+    conditions: dict[str, str | int] = field(default_factory=dict)
+    """Where these bits hold, as fields of the results' own."""
+
+    def suits(self, results: Results) -> bool:
+        """Whether the settings were found for such results."""
+        wanted = {"model": self.model, **self.conditions}
+        return wanted.items() <= results.conditions.items()
 
 
 def write_matched(directory: Path) -> list[Path]:
@@ -65,16 +60,17 @@ def write_matched(directory: Path) -> list[Path]:
     Raises:
         UserError: the folder has no rows or no settings, or can't be written to.
     """
-    found, board = read_matched(directory), build(*read_results(directory))
-    parts = ["# Methods at matched bits", NOTES]
-    lines, drawn = [], []
-    for block in board.blocks:
-        mine = [match for match in found if match.model == block.setting.model]
-        parts.append(header(block, board))
-        parts += [f"### {match.budget:g} bits\n\n{_table(match, block)}" for match in mine]
-        lines += [line for match in mine for line in _csv_lines(match, block)]
-        drawn.append(_draw(mine, block, directory))
-    texts = {"matched.md": "\n\n".join(parts) + "\n", "matched.csv": csv_text(_CSV, lines)}
+    found, lines, drawn = _read(directory), [], []
+    parts = ["# Methods at matched bits", f"{_NOTES}\n\n{found[0][0].notes}"]
+    for results, mine in found:
+        parts.append(results.header)
+        parts += [f"### {match.budget:g} bits\n\n{_table(match, results)}" for match in mine]
+        lines += [line for match in mine for line in _csv_lines(match, results)]
+        drawn.append(_draw(mine, results, directory))
+    texts = {
+        "matched.md": "\n\n".join(parts) + "\n",
+        "matched.csv": csv_text(_csv_headers(found[0][0]), lines),
+    }
     for name, text in texts.items():
         write_atomically(directory / name, text)
     return [*(directory / name for name in texts), *files(drawn)]
@@ -86,12 +82,10 @@ def matched_summary(directory: Path) -> str:
     Raises:
         UserError: as `write_matched`.
     """
-    found, board = read_matched(directory), build(*read_results(directory))
     return "\n\n".join(
-        f"{title(block)}, {match.budget:g} bits\n\n{_table(match, block)}"
-        for block in board.blocks
-        for match in found
-        if match.model == block.setting.model
+        f"{results.title}, {match.budget:g} bits\n\n{_table(match, results)}"
+        for results, mine in _read(directory)
+        for match in mine
     )
 
 
@@ -102,7 +96,7 @@ def matched_plan(directory: Path) -> str:
         UserError: the folder has no settings.
     """
     parts = []
-    for match in read_matched(directory):
+    for match in read_matched(directory)[0]:
         lines = [
             [p["name"].partition("[")[0], p["method"], f"{p['bits']:.3f}"] for p in match.points
         ]
@@ -113,62 +107,52 @@ def matched_plan(directory: Path) -> str:
     return "\n\n".join(parts)
 
 
-def read_matched(directory: Path) -> list[Match]:
-    """What `kvbench match` found.
+def read_matched(directory: Path) -> tuple[list[Match], str]:
+    """Settings that were found, and the name of the rows' file that they were found for.
 
     Raises:
         UserError: there is nothing to read.
     """
     path = directory / MATCHED
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["matches"]
-        return [Match(**each) for each in found]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"can't read {path} ({error}): run kvbench match again") from error
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return [Match(**each) for each in document["matches"]], document.get("rows", SAMPLES)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"can't read {path} ({error}): match again") from error
 
 
-def _ranked(match: Match, block: Block) -> Iterator[tuple[str, str, float | None, Cell]]:
-    """Name, setting, measured bits and result: the 16-bit cache, then the best first."""
-    nothing = Cell(0, 0, 0)
-    yield BASELINE, "", None, block.overall.get(BASELINE, nothing)
-    rows = [
-        (str(p["name"]), str(p["method"]), p["bits"], block.overall.get(p["method"], nothing))
-        for p in match.points
-    ]
-    yield from sorted(rows, key=lambda row: (-(row[3].accuracy or -1.0), row[1]))
+def _read(directory: Path) -> list[tuple[Results, list[Match]]]:
+    """Results with the settings found for them, if there are any."""
+    matches, rows = read_matched(directory)
+    if rows not in _READERS:
+        raise UserError(f"{directory / MATCHED} is for {rows}, which is unknown: match again")
+    every = _READERS[rows](directory)
+    found = [(each, [match for match in matches if match.suits(each)]) for each in every]
+    found = [(results, mine) for results, mine in found if mine]
+    if not found:
+        raise UserError(f"{directory / rows} has no rows of what {MATCHED} says: match again")
+    return found
 
 
-def _table(match: Match, block: Block) -> str:
-    headers = ["Method", "Setting", "Measured", "Bits", "Mean", "Interval", "- FP16", "p", "KL"]
+def _ranked(match: Match, results: Results) -> Iterator[tuple[str, str, float | None]]:
+    """Name, setting and measured bits: the 16-bit cache, then the best first."""
+    yield BASELINE, BASELINE, None
+    rows = [(str(p["name"]), str(p["method"]), p["bits"]) for p in match.points]
+    yield from sorted(rows, key=lambda row: (results.loss(row[1]), row[1]))
+
+
+def _table(match: Match, results: Results) -> str:
     lines = [
         [
             label(paper_table().methods, name.partition("[")[0]),
             spec.partition("[")[2].removesuffix("]") or MISSING,
-            MISSING if found is None else f"{found:.2f}",
-            bits(cell),
-            mean_score(block, spec or BASELINE) if cell.n else score(cell),
-            *_company(cell),
-            amount(cell.cache_bytes),
+            MISSING if measured is None else f"{measured:.2f}",
+            *results.cells(spec),
         ]
-        for name, spec, found, cell in _ranked(match, block)
+        for name, spec, measured in _ranked(match, results)
     ]
-    table = markdown_table([*headers, "Cache bytes"], lines, 2)
+    table = markdown_table(["Method", "Setting", "Measured", *results.headers], lines, 2)
     return "\n\n".join([table, *map(escape, _absent(match))])
-
-
-def _company(cell: Cell) -> list[str]:
-    """Interval, difference, p and KL."""
-    interval = MISSING
-    if cell.accuracy is not None and cell.interval is not None:
-        interval = percent_range(cell.accuracy, cell.interval).partition(" ")[2]
-    against = cell.comparison
-    difference = percent_range(against.difference, against.interval, "+") if against else MISSING
-    return [
-        interval,
-        difference,
-        p_value(against.p) if against else MISSING,
-        estimate(cell.kl_mean),
-    ]
 
 
 def _absent(match: Match) -> list[str]:
@@ -176,62 +160,42 @@ def _absent(match: Match) -> list[str]:
     return [f"Not at this size: {'; '.join(reasons)}."] if match.absent else []
 
 
-_CSV = (
-    *SETTING_COLUMNS, "budget", "name", "method", "measured_bits", "bits_per_element",
-    "cache_bytes", "n", "accuracy", "accuracy_low", "accuracy_high", "difference",
-    "difference_low", "difference_high", "mcnemar_p", "kl_mean", "kl_mean_se", "absent",
-)  # fmt: skip
+def _csv_headers(results: Results) -> list[str]:
+    own = ["budget", "name", "method", "measured_bits"]
+    return [*results.conditions, *own, *results.columns, "absent"]
 
 
-def _csv_lines(match: Match, block: Block) -> Iterator[list[str]]:
-    place = [*(str(getattr(block.setting, name)) for name in SETTING_COLUMNS), f"{match.budget:g}"]
-    for name, spec, found, cell in _ranked(match, block):
-        against, interval, kl = cell.comparison, cell.interval, cell.kl_mean
-        shares: list[float | None] = [cell.accuracy, *_ends(interval)]
-        shares += [against.difference, *_ends(against.interval)] if against else [None] * 3
-        yield [
-            *place,
-            name,
-            spec or BASELINE,
-            *map(number, (found, cell.bits, cell.cache_bytes)),
-            str(cell.n),
-            *map(percent_number, shares),
-            number(against.p if against else None),
-            *map(number, (kl.mean, kl.standard_error) if kl else (None, None)),
-            "",
-        ]
+def _csv_lines(match: Match, results: Results) -> Iterator[list[str]]:
+    place = [*map(str, results.conditions.values()), f"{match.budget:g}"]
+    for name, spec, measured in _ranked(match, results):
+        yield [*place, name, spec, number(measured), *results.values(spec), ""]
     for name, reason in match.absent.items():
-        yield [*place, name, *[""] * (len(_CSV) - len(place) - 2), reason]
+        yield [*place, name, "", "", *[""] * len(results.columns), reason]
 
 
-def _ends(interval: Interval | None) -> tuple[float | None, float | None]:
-    return (interval.low, interval.high) if interval else (None, None)
-
-
-def _draw(matches: Sequence[Match], block: Block, directory: Path) -> Path:
-    """Accuracy by stored bits, a line for each method; the 16-bit cache dashed."""
-    setting = block.setting
-    path = directory / f"matched_{setting.model}_{setting.protocol}_{setting.dataset}"
+def _draw(matches: Sequence[Match], results: Results, directory: Path) -> Path:
+    """Results by stored bits, a line for each method; the 16-bit cache dashed."""
+    path = directory / f"matched_{results.file}"
     with figure(path, size=(6.4, 4.8)) as (whole, [axis]):
         names = dict.fromkeys(str(p["name"]) for match in matches for p in match.points)
         for index, name in enumerate(names):
-            _line(axis, matches, block, name, index)
-        exact = block.overall.get(BASELINE)
-        if exact is not None and exact.accuracy is not None:
-            axis.axhline(100 * exact.accuracy, color="black", linestyle="--", label="FP16")
-        axis.set(xlabel="stored bits an element", ylabel="mean accuracy (%)")
+            _line(axis, matches, results, name, index)
+        exact = results.exact()
+        if exact is not None:
+            axis.axhline(exact, color="black", linestyle="--", label="FP16")
+        axis.set(xlabel="stored bits an element", ylabel=results.axis, yscale=results.scale)
         if axis.get_legend_handles_labels()[0]:
             legend_below(whole, axis, columns=3)
     return path
 
 
-def _line(axis: Axes, matches: Sequence[Match], block: Block, name: str, index: int) -> None:
+def _line(axis: Axes, matches: Sequence[Match], results: Results, name: str, index: int) -> None:
     points = []
     for match in matches:
-        for point in match.points:
-            cell = block.overall.get(point["method"])
-            if point["name"] == name and cell is not None and cell.accuracy is not None:
-                points.append((cell.bits or point["bits"], 100 * cell.accuracy))
+        for setting in match.points:
+            point = results.point(setting["method"])
+            if setting["name"] == name and point is not None:
+                points.append((point[0] or setting["bits"], point[1]))
     if points:
         x, y = zip(*sorted(points), strict=True)
         shown = name if len(name) <= _LEGEND else f"{name[:_LEGEND]}…"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
@@ -85,6 +85,7 @@ class Line:
     bits: float | None = None
     cache_bytes: float | None = None
     kl: Estimate | None = None
+    kl_interval: Interval | None = None
     tails: Mapping[float, float | None] | None = None
     tail_interval: Interval | None = None
     worst: int | None = None
@@ -150,6 +151,7 @@ def _line(
             "bits": _mean(row.bits_per_element for row in scored),
             "cache_bytes": _mean(row.cache_bytes for row in scored if row.storage == "packed"),
             "kl": mean_of_items(kl),
+            "kl_interval": _of_means(kl, lambda x: float(x.mean())),
             "tails": tail(np.concatenate(kl)),
             "tail_interval": bootstrap_items(kl, lambda x: float(np.quantile(x, 0.99))),
             "worst": max(zip(map(np.max, kl), scored, strict=True), key=lambda p: p[0])[1].number,
@@ -182,8 +184,14 @@ def _ratio(
 
 
 def _interval(windows: Sequence[NDArray[np.float64]]) -> Interval | None:
-    """Of the perplexity; windows of a table have equally many positions, so means will do."""
-    return bootstrap_items([window.mean(keepdims=True) for window in windows], _perplexity)
+    return _of_means(windows, _perplexity)
+
+
+def _of_means(
+    windows: Sequence[NDArray[np.float64]], statistic: Callable[[NDArray[np.float64]], float]
+) -> Interval | None:
+    """Windows of a table have equally many positions, so their means will do."""
+    return bootstrap_items([window.mean(keepdims=True) for window in windows], statistic)
 
 
 def _perplexity(nll: NDArray[np.float64]) -> float:
@@ -206,13 +214,13 @@ def perplexity_markdown(
     """
     parts = ["# Perplexity"]
     for table in tables:
-        parts += [_header(table, run or {}), _grid(table)]
+        parts += [table_header(table, run or {}), _grid(table)]
     return "\n\n".join([*parts, NOTES]) + "\n"
 
 
 def perplexity_text(table: PerplexityTable) -> str:
     """Return a table with its title for the terminal."""
-    return f"\n{_title(table.setting)}\n\n{_grid(table)}"
+    return f"\n{table_title(table.setting)}\n\n{_grid(table)}"
 
 
 def perplexity_csv(tables: Sequence[PerplexityTable]) -> str:
@@ -225,11 +233,13 @@ def perplexity_csv(tables: Sequence[PerplexityTable]) -> str:
     return csv_text([*(field.name for field in fields(Setting)), *_CSV_HEADERS], lines)
 
 
-def _title(setting: Setting) -> str:
+def table_title(setting: Setting) -> str:
+    """Return a table's title as plain text: model, protocol, text and length."""
     return f"{setting.model}, {setting.protocol}, {setting.text}, T = {setting.window} tokens"
 
 
-def _header(table: PerplexityTable, run: Mapping[str, Any]) -> str:
+def table_header(table: PerplexityTable, run: Mapping[str, Any]) -> str:
+    """Return a table's heading and settings in Markdown."""
     setting, board = table.setting, Leaderboard((), run)
     facts = {
         "protocol": f"{setting.protocol}: {_how(setting)}",
@@ -240,7 +250,7 @@ def _header(table: PerplexityTable, run: Mapping[str, Any]) -> str:
         "model": f"{setting.model}, revision {setting.revision}, {setting.dtype}",
         "kvbench": setting.version,
     }
-    lines = [f"## {escape(_title(setting))}", ""]
+    lines = [f"## {escape(table_title(setting))}", ""]
     lines += [f"- {name}: {escape(text)}" for name, text in facts.items()]
     lines += [f"- machine: {escape(board.machine)}"] if board.machine else []
     lines += [f"- command: {code(board.command)}"] if board.command else []
@@ -282,12 +292,12 @@ def _cells(line: Line) -> list[str]:
         _digits(tails.get(0.999)),
         percent(line.top1),
         _digits(line.delta_p),
-        _ranged(line.perplexity, line.interval),
-        _ranged(line.ratio, line.ratio_interval),
+        ranged(line.perplexity, line.interval),
+        ranged(line.ratio, line.ratio_interval),
         str(line.windows),
         amount(line.tokens_read),
         _digits(line.seconds),
-        _flags(line) or MISSING,
+        flags(line) or MISSING,
     ]
 
 
@@ -295,15 +305,17 @@ def _digits(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3g}"
 
 
-def _ranged(value: float | None, interval: Interval | None) -> str:
+def ranged(value: float | None, interval: Interval | None, digits: int = 4) -> str:
+    """Return a number with its interval: ``1.043 [1.04, 1.046]``."""
     if value is None:
         return MISSING
     if interval is None:
-        return f"{value:.4g}"
-    return f"{value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+        return f"{value:.{digits}g}"
+    return f"{value:.{digits}g} [{interval.low:.{digits}g}, {interval.high:.{digits}g}]"
 
 
-def _flags(line: Line) -> str:
+def flags(line: Line) -> str:
+    """Return why a line lacks windows; empty if it has all."""
     found = list(line.failures)
     if line.windows < line.expected:
         found.append(f"{line.windows} of {line.expected} windows")
@@ -323,4 +335,4 @@ def _csv_line(line: Line) -> list[str]:
         *(line.perplexity, *ends[1], line.ratio, *ends[2], line.tokens_read, line.seconds),
     ]
     counts = [line.method, str(line.windows), str(line.expected), str(line.positions)]
-    return [*counts, *map(number, values), line.calibration, line.storage, _flags(line)]
+    return [*counts, *map(number, values), line.calibration, line.storage, flags(line)]

@@ -39,7 +39,7 @@ def read_results(directory: Path) -> tuple[list[SampleRow], dict[str, Any]]:
         raise UserError(
             f"{directory / SAMPLES} has no results yet: run kvbench eval --out {directory}"
         )
-    return rows, _read_run(directory / RUN)
+    return rows, read_run(directory)
 
 
 def write_report(directory: Path) -> list[Path]:
@@ -102,7 +102,7 @@ def _write_perplexity(directory: Path) -> list[Path]:
 
     tables = read_tables(directory)
     texts = {
-        "perplexity.md": perplexity_markdown(tables, _read_run(directory / RUN)),
+        "perplexity.md": perplexity_markdown(tables, read_run(directory)),
         "perplexity.csv": perplexity_csv(tables),
     }
     for name, text in texts.items():
@@ -143,7 +143,13 @@ def _write_accuracy(directory: Path) -> list[Path]:
     return [directory / name for name in texts]
 
 
-def _read_run(path: Path) -> dict[str, Any]:
+def read_run(directory: Path) -> dict[str, Any]:
+    """The content of a folder's ``run.json``; {} without one.
+
+    Raises:
+        UserError: It is broken.
+    """
+    path = directory / RUN
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

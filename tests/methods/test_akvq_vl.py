@@ -109,6 +109,21 @@ def test_clips_belong_to_their_bits() -> None:
     assert {b: codec.clip for b, codec in layer.key.codecs.items()} == {2: 0.7, 4: 0.9}  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("method", "clips"),
+    [
+        (AKVQVL(), {2: 0.8, 4: 1.0}),
+        (AKVQVL(bits=4, text_bits=8), {4: 1.0, 8: 1.0}),
+        (AKVQVL(bits=4, text_bits=2), {4: 1.0, 2: 0.8}),
+        (AKVQVL(bits=8, clip=0.8), {8: 0.8, 4: 1.0}),
+    ],
+)
+def test_the_papers_clips_follow_the_bits(method: AKVQVL, clips: dict[int, float]) -> None:
+    layer = method.layer(OTHER, None)
+    for side in (layer.key, layer.value):
+        assert {b: codec.clip for b, codec in side.codecs.items()} == clips  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("head_dim", "groups"), [(64, 64), (80, 80), (128, 128), (256, 128)])
 def test_groups_are_a_head_or_128(head_dim: int, groups: int) -> None:
     layer = AKVQVL().layer(replace(OTHER, head_dim=head_dim), None)
@@ -117,7 +132,7 @@ def test_groups_are_a_head_or_128(head_dim: int, groups: int) -> None:
 
 def test_paper_settings() -> None:
     method = AKVQVL()
-    assert (method.recent, method.pivots, method.clip, method.text_clip) == (128, 15, 0.8, 1.0)
+    assert (method.recent, method.pivots) == (128, 15)
     assert (method.bits, method.text_bits, method.group_size) == (2, 4, 128)
     window = method.layer(OTHER, None).key.window
     assert window is not None

@@ -49,6 +49,15 @@ def test_the_shipped_divisor_is_bits_squared_less_one(bits: int) -> None:
     np.testing.assert_allclose(back, (codes - zero) * scale, atol=1e-6)
 
 
+@pytest.mark.parametrize(("bits", "clip"), [(2, 0.8), (3, 1.0), (4, 1.0)])
+def test_the_authors_clip_follows_the_bits(bits: int, clip: float) -> None:
+    spec = LayerSpec(0, 1, 4, 4, 16)
+    for given, expected in ((None, clip), (0.8, 0.8), (0.9, 0.9)):
+        layer = RotateKV(bits=bits, clip=given, reorder=False).layer(spec, None)
+        codecs = [side.codecs[bits] for side in (layer.key, layer.value)]
+        assert [codec.clip for codec in codecs] == [expected] * 2  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     "options", [dict(heads=3), dict(heads=0), dict(pivots=-1), dict(bits=8, compat_divisor=True)]
 )
