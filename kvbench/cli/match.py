@@ -17,8 +17,10 @@ from kvbench.cli.options import (
     MaxNewTokens,
     Methods,
     Models,
+    Protocol,
     Seed,
     Statistics,
+    Tasks,
     Workers,
 )
 
@@ -29,10 +31,8 @@ def match(
     ] = "2.25,2.75,4.25",
     methods: Methods = "all",
     models: Models = "smol_llava",
-    tasks: Annotated[str, typer.Option(help="all (MileBench's twelve), or names.")] = "all",
-    protocol: Annotated[
-        str, typer.Option(help="quantized_prefill, exact_prefill or both.")
-    ] = "quantized_prefill",
+    tasks: Tasks = "all",
+    protocol: Protocol = "quantized_prefill",
     samples: Annotated[
         int, typer.Option(help="Prompts of these tasks to measure storage with.")
     ] = 12,

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvbench.cli.matching import run_match
-from kvbench.cli.options import Device, Dtype, Methods
+from kvbench.cli.options import Device, Dtype, Methods, Model, Run
 from kvbench.cli.resume import run_resumable
 from kvbench.errors import UserError
 
 if TYPE_CHECKING:
     from kvbench.perplexity.request import PerplexityRequest
 
-Model = Annotated[
-    str, typer.Option(help="Name of a model; name=/folder takes the checkpoint from there.")
-]
 Text = Annotated[str, typer.Option(help="A UTF-8 file, or pydoc: Python's own language reference.")]
 Protocol = Annotated[str, typer.Option(help="quantized_prefill, exact_prefill or both.")]
 Limit = Annotated[
@@ -25,10 +21,6 @@ Limit = Annotated[
 ]
 Context = Annotated[
     int, typer.Option(help="Under exact_prefill, tokens of a window before the first scored one.")
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(help="Folder for the results; continues a run that is there already."),
 ]
 Bits = Annotated[
     str | None,
@@ -45,7 +37,7 @@ def perplexity(
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     context: Context = 896,
     batch: Annotated[int, typer.Option(help="Windows read together.")] = 8,
-    out: Out = None,
+    out: Run = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     bits: Bits = None,
