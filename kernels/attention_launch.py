@@ -103,7 +103,7 @@ def _launch(
         (None, 0, 0) if lse is None else (lse, *lse.stride()[:2]),
         key_heads,
         out.shape[2],
-        tuple(splits),
+        sum(count << 8 * place for place, count in enumerate(splits)),
         Layouts(
             tuple(
                 _layout(question, span, heads // key_heads, tuning)

@@ -160,22 +160,24 @@ def attend(
     lse: tl.tuple,
     key_heads: int,
     slots: int,
-    splits: tl.tuple,
+    splits: int,
     SPANS: tl.constexpr,
 ) -> None:
     """All spans, a split of one of them a program; grid (rows · key heads · slots,).
 
     query (B, Hq, D), out (B, Hq, slots, D) and lse (B, Hq, slots): a tensor and its strides but the
-    last; a span has `splits` slots, behind those of the spans before it, all have `slots`; lse is
-    base two, or None if there's one slot in all. spans: see `attend_span`. column: the query's
-    (B,), or None. limits: scaling, softcap, window. SPANS: `Layouts`.
+    last; a span's slots, one a split, stand behind those of the spans before it; lse is base two,
+    or None if there's one slot in all. spans: see `attend_span`. column: the query's (B,), or None.
+    limits: scaling, softcap, window. slots: of all spans; splits: of each, eight bits a span from
+    the lowest on (compilers would specialise the numbers of a tuple). SPANS: `Layouts`.
     """
     program = tl.program_id(0)
     row, head = program // slots // key_heads, program // slots % key_heads
     slot = program % slots
     first = 0
     for i in tl.static_range(span_count(SPANS)):
-        if (slot >= first) & (slot < first + splits[i]):
+        count = (splits >> 8 * i) & 255
+        if (slot >= first) & (slot < first + count):
             attend_span(
                 query,
                 spans[i],
@@ -187,12 +189,12 @@ def attend(
                 head,
                 slot,
                 slot - first,
-                splits[i],
+                count,
                 keys_of(SPANS, i),
                 values_of(SPANS, i),
                 shape_of(SPANS, i),
             )
-        first += splits[i]
+        first += count
 
 
 @triton.jit
@@ -310,7 +312,7 @@ def _example(
     strides = ("i32", "i32", "i32")
     types: dict[str, Any] = {"query": ("*fp16", "i32", "i32"), "out": ("*fp16", *strides)}
     types |= {"limits": ("fp32", "fp32", "i32"), "key_heads": "i32", "slots": "i32"}
-    types["splits"] = ("i32",) * len(sides)
+    types["splits"] = "i32"
     types |= {"column": "*i32" if rich else "constexpr"}
     types |= {"lse": ("*fp32" if rich else "constexpr", "i32", "i32")}
     constants: dict[Any, Any] = {} if rich else {(2,): None, (5, 0): None}
