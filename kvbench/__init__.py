@@ -10,7 +10,7 @@ from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A checkout keeps methods/, tasks/ and kernels/ beside this directory, a wheel inside it.
 _here = _Path(__file__).resolve().parent
