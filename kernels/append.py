@@ -13,7 +13,7 @@ from torch import Tensor
 from kvbench.kernels.launch import use_triton, where_it_is
 from kvbench.kernels.quantize import quantize
 from kvbench.kernels.rounding import Rounding
-from kvbench.kernels.states import PackedStates, States
+from kvbench.kernels.states import States
 
 EXACT = 16
 """Bits of a token that moves to an exact store."""
@@ -69,7 +69,7 @@ def append(
             _write(store, leaving, places, bits == EXACT)
         elif rounding is not None:
             packed = quantize(leaving[:, :, None], rounding)
-            for to, new in zip(_tensors(store), _tensors(packed), strict=True):
+            for to, new in zip(store.tensors, packed.tensors, strict=True):
                 _write(to, new[:, :, 0], places, bits == store.bits)
     if ring is not None:
         ring[rows, :, slot.long()] = states
@@ -100,16 +100,12 @@ def scatter(
         else:
             assert rounding is not None
             packed = quantize(states, rounding)
-            parts = list(zip(_tensors(store), _tensors(packed), strict=True))
+            parts = list(zip(store.tensors, packed.tensors, strict=True))
             wanted = store.bits
         row, token = (bits == wanted).nonzero(as_tuple=True)
         for to, new in parts:
             to[row, :, places[row, token].long()] = new[row, :, token]
     return None
-
-
-def _tensors(packed: PackedStates) -> list[Tensor]:
-    return [t for t in (packed.codes, packed.scale, packed.zero) if t is not None]
 
 
 def _write(store: Tensor, states: Tensor, places: Tensor, chosen: Tensor) -> None:

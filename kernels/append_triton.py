@@ -164,8 +164,7 @@ def _tensors(states: States) -> tuple[tuple[Tensor, int, int, int], ...]:
     """A store as the kernel takes it."""
     if isinstance(states, Tensor):
         return (_strided(states),)
-    parts = states.codes, states.scale, states.zero
-    return tuple(_strided(part) for part in parts if part is not None)
+    return tuple(map(_strided, states.tensors))
 
 
 def _formats(roundings: Sequence[Rounding | None]) -> dict[str, tuple[Any, ...]]:

@@ -127,8 +127,13 @@ def split_counts(query: Tensor, spans: Sequence[Span], splits: int | None = None
 
     Enough to fill the device, each with tokens enough to be worth its start. Programs that unpack
     codes take long: they are cut short, so that the last of them don't leave the device idle.
+
+    Raises:
+        ValueError: `splits` is above `MAX_SPLITS`, the most that a launch can tell of a span.
     """
     if splits is not None:
+        if splits > MAX_SPLITS:
+            raise ValueError(f"{splits} programs can't share a span: at most {MAX_SPLITS} can.")
         return [splits] * len(spans)
     programs = query.shape[0] * states_of(spans[0].keys).shape[1]
     device = torch.cuda.get_device_properties(query.device)
@@ -139,7 +144,7 @@ def split_counts(query: Tensor, spans: Sequence[Span], splits: int | None = None
 def _split_count(span: Span, wanted: int) -> int:
     tokens = states_of(span.keys).shape[2]
     least = 1 if isinstance(span.keys, Tensor) else -(-tokens // MOST_TOKENS)
-    return max(1, least, min(wanted, tokens // MIN_TOKENS, MAX_SPLITS))
+    return max(1, min(max(least, min(wanted, tokens // MIN_TOKENS)), MAX_SPLITS))
 
 
 PROGRAMS = 8
@@ -147,5 +152,5 @@ PROGRAMS = 8
 MIN_TOKENS = 256
 """Tokens that a split should have at least."""
 MOST_TOKENS = 1024
-"""Tokens that a split of a packed span has at most."""
+"""Tokens that a split of a packed span should have at most."""
 MAX_SPLITS = 128

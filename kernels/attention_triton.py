@@ -221,9 +221,8 @@ def attend_span(
     """
     keys, values, lengths, columns, columns_stride = span
     key, value = side_at(keys, row, head, KEYS), side_at(values, row, head, VALUES)
-    low, high, before = tile_range(
-        tl.load(lengths + row), key[3], split, splits, KEYS.tokens > 0, SHAPE
-    )
+    length = tl.load(lengths + row)
+    low, high, before = tile_range(length, key[3], split, splits, KEYS.tokens > 0, SHAPE)
     heads = tl.arange(0, SHAPE.rows) % (SHAPE.rows // SHAPE.streams)
     first = head * SHAPE.heads
     places = query[0] + row.to(tl.int64) * query[1] + (first + heads[None, :]) * query[2]

@@ -45,9 +45,14 @@ class PackedStates:
         return self.codes.shape[-1] * 8 // self.bits
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Codes, scale and zero, if there is one."""
+        return [t for t in (self.codes, self.scale, self.zero) if t is not None]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes and metadata."""
-        return sum(t.nbytes for t in (self.codes, self.scale, self.zero) if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def __getitem__(self, rows: slice) -> PackedStates:
         """Views of some rows, as of a tensor."""

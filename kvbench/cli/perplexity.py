@@ -57,7 +57,7 @@ def perplexity(
     if len(models) != 1:
         raise UserError(f"--model {model} names {len(models)} models: name one")
     request = PerplexityRequest(
-        methods=choices.choose_methods(methods),
+        methods=choices.choose_methods(methods if bits else f"{choices.REFERENCE},{methods}"),
         model=models[0],
         protocols=choices.choose_protocols(protocol),
         out=out or new_run(),
@@ -77,14 +77,9 @@ def perplexity(
 
 def _measure(request: PerplexityRequest) -> None:
     """The methods as they are."""
-    from dataclasses import replace
-
-    from kvbench.evaluation.choices import REFERENCE, choose_methods
     from kvbench.perplexity.rows import ROWS
     from kvbench.perplexity.run import measure
 
-    chosen = {choice.spec: choice for choice in (*choose_methods(REFERENCE), *request.methods)}
-    request = replace(request, methods=tuple(chosen.values()))
     run_resumable(request.out, ROWS, lambda progress: measure(request, progress))
 
 

@@ -1,7 +1,7 @@
 """Which launch of decode attention is fastest on this GPU: every tuning of a grid, timed in turns.
 
-Kernels are compiled by several processes first, into Triton's cache on disk, on one row: nothing
-that is compiled depends on the number of rows.
+Kernels are compiled by several processes first, into Triton's cache on disk, on one row: attention
+does not depend on the number of rows, and the merge that does is small.
 """
 
 from __future__ import annotations

@@ -75,8 +75,6 @@ def _run(request: TrialRequest) -> TrialResult:
         model, entry, weights = load_model(request)
         if request.runner == "generate":
             result = run_generate(request, model, method)
-        elif isinstance(method, ForeignCache):
-            raise UserError(f"{method.label} brings its own cache; run it with `generate`.")
         else:
             result = _run_engine(request, bound_method(request, model, entry, method))
     return replace(result, weights=weights, **measured, **peak.fields())
@@ -99,7 +97,13 @@ def load_model(request: TrialRequest) -> tuple[Any, Any, Any]:
 
 
 def bound_method(request: TrialRequest, model: Any, entry: Any, method: Any) -> BoundMethod:
-    """A quantizer made ready for a model, with made-up statistics if it needs any."""
+    """A quantizer made ready for a model, with made-up statistics if it needs any.
+
+    Raises:
+        UserError: the method is a peer, or can't store the model's layers.
+    """
+    if isinstance(method, ForeignCache):
+        raise UserError(f"{method.label} brings its own cache; run it with `generate`.")
     return bind(
         model,
         method,

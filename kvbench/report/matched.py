@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,10 @@ _LEGEND = 24
 """Characters of a method in the legend."""
 _NOTES = """\
 Each method is set so that it stores the most bits an element that don't exceed the budget, with
-metadata, windows and exact tokens. "Measured" are its bits on what the setting was chosen with."""
+metadata, windows and exact tokens. "Measured" are its bits on what the setting was chosen with. A
+method that stored more in the run, as its later layers saw other states, is not of this size."""
+OVER = 0.03
+"""By so much of the budget a setting may exceed it in the run and still stand in its table."""
 _READERS = {SAMPLES: task_results, PERPLEXITY: text_results}
 
 
@@ -103,7 +106,7 @@ def matched_plan(directory: Path) -> str:
         table = markdown_table(["Method", "Setting", "Measured"], lines, 2)
         specs = ",".join(str(point["method"]) for point in match.points)
         take = [f'--methods "{specs}"'] if specs else []
-        parts += [f"{match.model}, {match.budget:g} bits", table, *_absent(match), *take]
+        parts += [f"{match.model}, {match.budget:g} bits", table, *_absent(match.absent), *take]
     return "\n\n".join(parts)
 
 
@@ -137,8 +140,22 @@ def _read(directory: Path) -> list[tuple[Results, list[Match]]]:
 def _ranked(match: Match, results: Results) -> Iterator[tuple[str, str, float | None]]:
     """Name, setting and measured bits: the 16-bit cache, then the best first."""
     yield BASELINE, BASELINE, None
+    over = _too_large(match, results)
     rows = [(str(p["name"]), str(p["method"]), p["bits"]) for p in match.points]
+    rows = [row for row in rows if row[0] not in over]
     yield from sorted(rows, key=lambda row: (results.loss(row[1]), row[1]))
+
+
+def _too_large(match: Match, results: Results) -> dict[str, str]:
+    """Methods that stored more in the run than where they were measured, and how much."""
+    found = {}
+    for setting in match.points:
+        point = results.point(setting["method"])
+        stored = point[0] if point else None
+        if stored is not None and stored > match.budget * (1 + OVER):
+            measured = f"{setting['method']} measured {setting['bits']:.3f} bits"
+            found[str(setting["name"])] = f"{measured}, and stored {stored:.3f} in the run"
+    return found
 
 
 def _table(match: Match, results: Results) -> str:
@@ -152,12 +169,17 @@ def _table(match: Match, results: Results) -> str:
         for name, spec, measured in _ranked(match, results)
     ]
     table = markdown_table(["Method", "Setting", "Measured", *results.headers], lines, 2)
-    return "\n\n".join([table, *map(escape, _absent(match))])
+    return "\n\n".join([table, *map(escape, _absent(_others(match, results)))])
 
 
-def _absent(match: Match) -> list[str]:
-    reasons = (f"{name} ({reason})" for name, reason in match.absent.items())
-    return [f"Not at this size: {'; '.join(reasons)}."] if match.absent else []
+def _others(match: Match, results: Results) -> dict[str, str]:
+    """Methods that are not of this size, and why."""
+    return {**_too_large(match, results), **match.absent}
+
+
+def _absent(others: Mapping[str, str]) -> list[str]:
+    reasons = (f"{name} ({reason})" for name, reason in others.items())
+    return [f"Not at this size: {'; '.join(reasons)}."] if others else []
 
 
 def _csv_headers(results: Results) -> list[str]:
@@ -169,7 +191,7 @@ def _csv_lines(match: Match, results: Results) -> Iterator[list[str]]:
     place = [*map(str, results.conditions.values()), f"{match.budget:g}"]
     for name, spec, measured in _ranked(match, results):
         yield [*place, name, spec, number(measured), *results.values(spec), ""]
-    for name, reason in match.absent.items():
+    for name, reason in _others(match, results).items():
         yield [*place, name, "", "", *[""] * len(results.columns), reason]
 
 

@@ -78,6 +78,11 @@ def test_every_shape_runs_before_the_clock_does(
     assert rows == [(0, 2), (0, 1), (0, 2), (2, 1)]
 
 
+def test_a_peer_has_no_engine(request_of: TrialRequest) -> None:
+    with pytest.raises(UserError, match="brings its own cache"):
+        run_trial(replace(request_of, method="hf_dynamic"))
+
+
 def test_a_probe_measures_nothing(request_of: TrialRequest) -> None:
     result = run_trial(replace(request_of, probe=True))
     assert result.status == "ok"

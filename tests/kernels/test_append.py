@@ -76,7 +76,7 @@ def packed_store(rows: int, heads: int, tokens: int, size: int, rounding: Roundi
 def check_store(store: PackedStates, rounding: Rounding, old: Tensor, step: Step) -> None:
     """Row by row: the token as Affine encodes it in its place, and nothing elsewhere."""
     check_tokens(store, rounding, old, step.bits, step.places)
-    for tensor in parts(store):
+    for tensor in store.tensors:
         assert (whole(tensor) == UNTOUCHED).all()
 
 
@@ -95,14 +95,9 @@ def check_tokens(
         if precision == store.bits:
             place = int(places[row])
             encoded = codec.encode(states[row, None, :, None].cpu())
-            for tensor, expected in zip(parts(store), encoded, strict=True):
+            for tensor, expected in zip(store.tensors, encoded, strict=True):
                 assert torch.equal(tensor[row, :, place].cpu(), expected[0, :, 0])
                 tensor[row, :, place] = UNTOUCHED
-
-
-def parts(store: PackedStates) -> list[Tensor]:
-    """Codes, scale and zero, if there is one."""
-    return [t for t in (store.codes, store.scale, store.zero) if t is not None]
 
 
 def whole(view: Tensor) -> Tensor:
@@ -251,5 +246,5 @@ def test_every_token_of_a_prompt_goes_to_its_store(
         for store, rounding in zip(stores, (TWO, FOUR), strict=True):
             check_tokens(store, rounding, states[:, :, token], *here)
     for store in stores:
-        for tensor in parts(store):
+        for tensor in store.tensors:
             assert (whole(tensor) == UNTOUCHED).all()

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.kernels.attention import _split_count, decode_attention, reference, unsupported
+from kvbench.kernels.attention import (
+    MAX_SPLITS,
+    _split_count,
+    decode_attention,
+    reference,
+    split_counts,
+    unsupported,
+)
 from kvbench.kernels.attention_launch import Question, Tuning, decode
 from kvbench.kernels.packing import pack
 from kvbench.kernels.states import PackedStates, Span, States
@@ -303,6 +310,9 @@ def test_long_packed_spans_are_cut_and_short_ones_fill_the_device() -> None:
     assert count(codes(600), 9) == 2  # 256 tokens each, at least
     assert count(tokens, 0) == 1
     assert count(tokens, 100) == 16
+    assert count(codes(2**20), 0) == MAX_SPLITS
+    with pytest.raises(ValueError, match="at most"):
+        split_counts(tokens, [], MAX_SPLITS + 1)
 
 
 def test_the_answer_goes_where_it_is_asked_for() -> None:

@@ -1,4 +1,4 @@
-"""Methods with evenly spaced levels, each written out again."""
+"""Every method step by step; those with evenly spaced levels are written out again here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
+from tests.methods.codebook_references import REFERENCES as CODEBOOKS
 from tests.methods.stepwise import (
     CLUSTERS,
     KV_HEADS,
@@ -23,6 +24,7 @@ from tests.methods.stepwise import (
     check_steps,
     grid,
 )
+from tests.methods.vision_references import REFERENCES as VISION
 
 
 def rtn(step: Step) -> tuple[Array, Array]:
@@ -178,6 +180,8 @@ def rotatekv(step: Step) -> tuple[Array, Array]:
 
 
 REFERENCES: dict[str, tuple[str, Reference]] = {
+    **CODEBOOKS,
+    **VISION,
     "rtn": ("rtn_int2[group_size=8]", rtn),
     "rtn_over_heads": ("rtn_int4[zero=float,group_over_heads=true]", rtn_over_heads),
     "smoothquant": ("smoothquant", smoothquant),
@@ -202,4 +206,5 @@ def test_every_step_attends_to_what_the_method_says(
     driver: Any, random_states: Any, name: str, prompt: int, protocol: str
 ) -> None:
     spec, reference = REFERENCES[name]
-    check_steps(driver, random_states, reference, spec, prompt, protocol)
+    salient = name == "akvq_text"
+    check_steps(driver, random_states, reference, spec, prompt, protocol, text_salient=salient)

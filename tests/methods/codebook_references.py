@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
-import pytest
 from scipy.integrate import cumulative_trapezoid
 
 from tests.methods.stepwise import (
-    PROMPTS,
-    PROTOCOLS,
     ROTATION,
     STATISTICS,
     WIDTH,
@@ -19,7 +15,6 @@ from tests.methods.stepwise import (
     Reference,
     Step,
     by_token,
-    check_steps,
     half,
 )
 
@@ -107,13 +102,3 @@ REFERENCES: dict[str, tuple[str, Reference]] = {
     "turboquant_k8v4": ("turboquant_k8v4", turboquant_k8v4),
     "turboquant_paper": ("turboquant_paper[bits=2,rotation=hadamard]", turboquant_paper),
 }
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("name", REFERENCES)
-def test_every_step_attends_to_what_the_method_says(
-    driver: Any, random_states: Any, name: str, prompt: int, protocol: str
-) -> None:
-    spec, reference = REFERENCES[name]
-    check_steps(driver, random_states, reference, spec, prompt, protocol)

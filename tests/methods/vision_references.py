@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import pytest
 from scipy.linalg import hadamard
 
 from tests.methods.stepwise import (
     KV_HEADS,
-    PROMPTS,
-    PROTOCOLS,
     WIDTH,
     Array,
     Reference,
     Step,
     by_token,
-    check_steps,
     grid,
     half,
 )
@@ -141,14 +135,3 @@ REFERENCES: dict[str, tuple[str, Reference]] = {
     "akvq_text": ("akvq_vl[recent=8,pivots=3,group_size=8]", akvq_text_salient),
     "akvq_pivot": ("akvq_vl[recent=8,pivots=3,group_size=8]", akvq_pivot_salient),
 }
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("name", REFERENCES)
-def test_every_step_attends_to_what_the_method_says(
-    driver: Any, random_states: Any, name: str, prompt: int, protocol: str
-) -> None:
-    spec, reference = REFERENCES[name]
-    salient = name == "akvq_text"
-    check_steps(driver, random_states, reference, spec, prompt, protocol, text_salient=salient)
