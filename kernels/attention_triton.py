@@ -1,7 +1,8 @@
-"""Decode attention in Triton: one launch for all spans, a program a row, key head, span and split.
+"""Decode attention in Triton: a program a row, key head, span and split.
 
 Reading packed spans keeps a multiprocessor's arithmetic busy and exact spans its memory, so the
-programs of a row's spans stand side by side in the grid and run at the same time.
+programs of a row's spans stand side by side in the grid and run at the same time: as many spans as
+`kvbench.kernels.attention_launch.launches` puts together.
 
 Codes go through shared memory packed and are unpacked in registers (attention_unpack_triton), where
 tensor cores take them from (attention_steps_triton).
@@ -163,12 +164,12 @@ def attend(
     splits: int,
     SPANS: tl.constexpr,
 ) -> None:
-    """All spans, a split of one of them a program; grid (rows · key heads · slots,).
+    """Some spans, a split of one of them a program; grid (rows · key heads · slots,).
 
     query (B, Hq, D), out (B, Hq, slots, D) and lse (B, Hq, slots): a tensor and its strides but the
     last; a span's slots, one a split, stand behind those of the spans before it; lse is base two,
     or None if there's one slot in all. spans: see `attend_span`. column: the query's (B,), or None.
-    limits: scaling, softcap, window. slots: of all spans; splits: of each, eight bits a span from
+    limits: scaling, softcap, window. slots: of these spans; splits: of each, eight bits a span from
     the lowest on (compilers would specialise the numbers of a tuple). SPANS: `Layouts`.
     """
     program = tl.program_id(0)
@@ -296,7 +297,7 @@ def compile_examples() -> list[tuple[Any, dict[str, Any], dict[Any, Any], int]]:
     examples = [
         _example(((packed, packed),), 1, False),
         _example(((packed, groups), (exact, exact)), 4, True),
-        _example(((kivi, tail), (packed, packed), (tail, tail)), 1, False),
+        _example(((kivi, tail), (tail, tail)), 1, False),
         _example(((exact, exact),), 7, True),
     ]
     types: dict[str, Any] = {"parts": "*fp32", "lse": "*fp32", "out": "*fp16"}

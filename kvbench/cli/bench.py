@@ -54,8 +54,14 @@ def step(
     dtype: Dtype = "auto",
 ) -> None:
     """Show which kernels a decode step and a micro-batch of prompts spend their time in."""
-    from kvbench.efficiency.step_profile import profile_step, step_requests, table
+    from kvbench.efficiency.step_profile import conditions, profile_step, step_requests, table
 
-    for request in step_requests(model, methods, batch, input_tokens, output_tokens, dtype):
-        typer.echo(f"{request.model} · {request.method}\n")
+    requests = list(step_requests(model, methods, batch, input_tokens, output_tokens, dtype))
+    typer.echo(conditions() + "\n")
+    for request in requests:
+        typer.echo(
+            f"{request.model} · {request.method}: {input_tokens} tokens in, "
+            f"{request.workload.vision_tokens} of them vision; step {output_tokens // 2} of "
+            f"{output_tokens}\n"
+        )
         typer.echo(table(profile_step(request)) + "\n")

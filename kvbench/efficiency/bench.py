@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from kvbench.efficiency.ceilings import copy_bandwidth, matmul_rate
+from kvbench.efficiency.ceilings import Ceilings, ceilings
 from kvbench.errors import UserError
 from kvbench.evaluation.environment import environment
 from kvbench.kernels.attention import decode_attention, reference
@@ -248,15 +248,9 @@ def run(quick: bool = False) -> dict[str, Any]:
     """All measurements of this GPU; raises `UserError` without CUDA."""
     if not torch.cuda.is_available():
         raise UserError("kvbench bench kernels needs a CUDA device; none was found.")
-    device = torch.device("cuda")
-    bandwidth = copy_bandwidth(device)
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "environment": environment(),
-        "copy_bandwidth": bandwidth,
-        "matmul_rate": matmul_rate(device, torch.float16),
-        "rows": [],
-    }
+    limits = ceilings(torch.device("cuda"))
+    bandwidth = limits.copy_bandwidth
+    result: dict[str, Any] = {**asdict(limits), "environment": environment(), "rows": []}
     for group, members in cases(quick):
         result["rows"] += attention_rows(group, members, bandwidth)
         torch.cuda.empty_cache()
@@ -268,10 +262,7 @@ def table(result: dict[str, Any]) -> str:
     """The result as text."""
     from tabulate import tabulate
 
-    head = (
-        f"{result['device']}: copy {result['copy_bandwidth'] / 1e12:.2f} TB/s read and written, "
-        f"float16 matmul {result['matmul_rate'] / 1e12:.0f} TFLOP/s"
-    )
+    head = Ceilings(result["device"], result["copy_bandwidth"], result["matmul_rate"])
     lines = [
         (
             row["shape"],
@@ -285,4 +276,4 @@ def table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     columns = ("shape", "kernel", "ms", "MB", "of copy", "x SDPA", "error")
-    return head + "\n\n" + tabulate(lines, columns, disable_numparse=True)
+    return f"{head}\n\n" + tabulate(lines, columns, disable_numparse=True)

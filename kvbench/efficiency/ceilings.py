@@ -4,12 +4,35 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 _COPY_BYTES = 2**30
 _ORDER = 8192
 _REPEATS = 10
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """A device's name, and its limits in bytes and FLOP a second."""
+
+    device: str
+    copy_bandwidth: float
+    matmul_rate: float
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"{self.device}: copy {self.copy_bandwidth / 1e12:.2f} TB/s read and written, "
+            f"float16 matmul {self.matmul_rate / 1e12:.0f} TFLOP/s"
+        )
+
+
+def ceilings(device: torch.device) -> Ceilings:
+    """Measure a CUDA device, in float16."""
+    name = torch.cuda.get_device_name(device)
+    return Ceilings(name, copy_bandwidth(device), matmul_rate(device, torch.float16))
 
 
 def copy_bandwidth(device: torch.device) -> float:

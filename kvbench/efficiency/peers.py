@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from kvbench.cache.argument import cache_argument
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.specs import layer_specs
+from kvbench.efficiency.clock import Clock
 from kvbench.efficiency.prompts import micro_batches
 from kvbench.efficiency.request import TrialRequest, TrialResult
 from kvbench.efficiency.shapes import model_shape
@@ -40,11 +40,11 @@ def run_generate(request: TrialRequest, model: PreTrainedModel, method: object) 
         _probe(model, inputs, cache, workload)
         return TrialResult("ok", path=PATH, cache_bytes=method.nbytes(cache))
     # Libraries choose and load their kernels at a first run, which is nobody's speed.
-    _generate(model, inputs, method.cache(model, request.protocol), 2, _Clock(model.device))
-    clock = _Clock(model.device)
+    _generate(model, inputs, method.cache(model, request.protocol), 2, Clock(model.device))
+    clock = Clock(model.device)
     _generate(model, inputs, cache, workload.output_tokens, clock)
     total = clock.since_start()
-    first, *steps = clock.steps()
+    first, *steps = clock.between()
     stored = method.nbytes(cache)
     return TrialResult(
         "ok",
@@ -60,50 +60,19 @@ def run_generate(request: TrialRequest, model: PreTrainedModel, method: object) 
     )
 
 
-class _Clock(LogitsProcessor):
-    """Marks the moment at which the logits of every step are there, without waiting for it."""
+class _Marks(LogitsProcessor):
+    """Marks the moment at which the logits of every step are there."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._marks: list[Any] = []
-        self._began = 0.0
-
-    def start(self) -> None:
-        """Begin, with nothing under way on the device."""
-        self._synchronize()
-        self._began = time.perf_counter()
-        self._marks = [self._mark()]
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._marks.append(self._mark())
+        self._clock.mark()
         return scores
-
-    def since_start(self) -> float:
-        """Seconds, once the device is done."""
-        self._synchronize()
-        return time.perf_counter() - self._began
-
-    def steps(self) -> list[float]:
-        """Seconds between marks: prompts first, then one a decode step."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        if self._device.type == "cuda":
-            return [start.elapsed_time(end) / 1e3 for start, end in pairs]
-        return [end - start for start, end in pairs]
-
-    def _mark(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def _generate(
-    model: Any, inputs: Mapping[str, Tensor], cache: Any, tokens: int, clock: _Clock
+    model: Any, inputs: Mapping[str, Tensor], cache: Any, tokens: int, clock: Clock
 ) -> None:
     clock.start()
     model.generate(
@@ -114,13 +83,13 @@ def _generate(
         min_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
-        logits_processor=LogitsProcessorList([clock]),
+        logits_processor=LogitsProcessorList([_Marks(clock)]),
     )
 
 
 def _probe(model: Any, inputs: Mapping[str, Tensor], cache: Any, workload: Workload) -> None:
     """Fill the cache to its last tokens with noise instead of decoding them, then take steps."""
-    _generate(model, inputs, cache, 1, _Clock(model.device))
+    _generate(model, inputs, cache, 1, Clock(model.device))
     batch, held = inputs["input_ids"].shape
     missing = workload.cached_tokens - held
     steps = min(_PROBE_STEPS, missing)

@@ -30,7 +30,9 @@ def micro_batches(
 def embedded(model: PreTrainedModel, prompts: Mapping[str, Tensor]) -> Tensor:
     """(b, n, hidden) embeddings of prompts with their images in place, as LLaVA's classes do it.
 
-    transformers finds the places among all numbers of all embeddings, which takes gigabytes.
+    transformers finds the places among all numbers of all embeddings, which takes gigabytes; to
+    write to the places that a mask picks would wait for the device. There must be a feature for
+    every place.
     """
     ids = prompts["input_ids"]
     embeddings: Tensor = model.get_input_embeddings()(ids)
@@ -38,7 +40,9 @@ def embedded(model: PreTrainedModel, prompts: Mapping[str, Tensor]) -> Tensor:
         tower: Any = model.model
         features = tower.get_image_features(pixel_values=prompts["pixel_values"]).pooler_output
         place = ids == image_token_ids(model.config)[0]
-        embeddings[place] = torch.cat(list(features)).to(embeddings.dtype)
+        rank = (place.flatten().cumsum(0) - 1).clamp_min(0).view_as(ids)
+        images = torch.cat(list(features)).to(embeddings.dtype)[rank]
+        embeddings = torch.where(place[..., None], images, embeddings)
     return embeddings
 
 
@@ -79,7 +83,7 @@ def _prompts(
             if each
             else "this model takes no images; use 0 vision tokens."
         )
-    ids[workload.is_vision.expand(rows, -1).to(device)] = special[0]
+    ids[:, workload.images] = special[0]
     images = rows * workload.vision_tokens // each
     return {"input_ids": ids, **_pixels(model, images, each, ids == special[0], generator)}
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kvbench.cache.quantized import resolve
+from kvbench.efficiency.ceilings import ceilings
 from kvbench.efficiency.engine import StaticEngine, make_engine
 from kvbench.efficiency.prompts import micro_batches
 from kvbench.efficiency.request import TrialRequest
@@ -21,6 +22,7 @@ from kvbench.efficiency.scenario import Scenario, prompts_at_once, workload_of
 from kvbench.efficiency.trial import bound_method, load_model
 from kvbench.errors import UserError
 from kvbench.evaluation.choices import choose_methods
+from kvbench.evaluation.environment import environment
 from kvbench.models.find import find_model
 
 _WIDTH = 48  # of a kernel's name in tables
@@ -54,6 +56,13 @@ class Profile:
     title: str
     ms: float
     kernels: tuple[KernelTime, ...]
+
+
+def conditions() -> str:
+    """The device with its limits as they are now, and the versions of what runs on it."""
+    packages = environment()["packages"]
+    versions = (f"{name} {packages[name]}" for name in ("torch", "triton", "transformers"))
+    return f"{ceilings(torch.device('cuda'))}\n{', '.join(versions)}"
 
 
 def step_requests(

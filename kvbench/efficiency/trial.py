@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from kvbench.cache.quantized import BoundMethod, bind, resolve
 from kvbench.cache.specs import layer_specs
 from kvbench.cache.statistics import statistic_shape
 from kvbench.efficiency.ceilings import copy_bandwidth, matmul_rate
+from kvbench.efficiency.clock import Clock
 from kvbench.efficiency.engine import Engine, StaticEngine, make_engine
 from kvbench.efficiency.meters import peak_memory
 from kvbench.efficiency.peers import run_generate
@@ -126,7 +126,6 @@ def _made_up(names: tuple[str, ...], model: Any) -> Calibration | None:
 
 def _run_engine(request: TrialRequest, bound: BoundMethod) -> TrialResult:
     model, workload = bound.model, request.workload
-    watch = _Watch(model.device)
     weights = _weight_bytes(model)
     before = _reserved(model.device)
     engine = make_engine(model, bound, workload)
@@ -134,7 +133,7 @@ def _run_engine(request: TrialRequest, bound: BoundMethod) -> TrialResult:
     if request.probe:
         _probe(request, engine, bound)
         return TrialResult("ok", path=engine.path, cache_bytes=engine.cache_nbytes)
-    _generate(request, engine, bound, watch)
+    times = _generate(request, engine, bound)
     cache = engine.cache_nbytes
     workspace = max(added - cache, 0) if isinstance(engine, StaticEngine) else 0
     known: dict[str, Any] = {**weights, "workspace_bytes": workspace}
@@ -147,7 +146,7 @@ def _run_engine(request: TrialRequest, bound: BoundMethod) -> TrialResult:
         cache_bytes=cache,
         packed_tokens_read=engine.packed_tokens_read,
         **known,
-        **watch.fields(),
+        **times,
         **_work(bound, workload, weights["weight_bytes"], _linear_parameters(model)),
     )
 
@@ -169,20 +168,31 @@ def _probe(request: TrialRequest, engine: Engine, bound: BoundMethod) -> None:
     _synchronize(bound.model.device)
 
 
-def _generate(request: TrialRequest, engine: Engine, bound: BoundMethod, watch: _Watch) -> None:
-    workload = request.workload
+def _generate(request: TrialRequest, engine: Engine, bound: BoundMethod) -> dict[str, Any]:
+    """Run all; a result's times, by name."""
+    workload, clock = request.workload, Clock(bound.model.device)
     prompts = micro_batches(bound.model, workload, request.prefill_rows, request.seed)
     _compile_rest(request, engine, bound)
-    watch.start()
+    clock.start()
     done = 0
     for some in prompts:
         engine.prefill(done, some)
         done += len(some["input_ids"])
-        watch.prefilled()
+        clock.mark()
     for _ in range(workload.output_tokens - 1):
         engine.decode()
-        watch.stepped()
-    watch.stop()
+        clock.mark()
+    total, spent = clock.since_start(), clock.between()
+    prompted = len(spent) - (workload.output_tokens - 1)
+    prefill = sum(spent[:prompted])
+    return {
+        "ttft_s": prefill,
+        "ttft_first_s": spent[0],
+        "prefill_s": prefill,
+        "decode_s": total - prefill,
+        "total_s": total,
+        "tpot_s": tuple(spent[prompted:]),
+    }
 
 
 def _compile_rest(request: TrialRequest, engine: Engine, bound: BoundMethod) -> None:
@@ -195,63 +205,6 @@ def _compile_rest(request: TrialRequest, engine: Engine, bound: BoundMethod) -> 
         for some in micro_batches(bound.model, fewer, last, request.seed):
             engine.prefill(0, some)
         engine.forget()
-
-
-@dataclass
-class _Watch:
-    """Wall clock for phases, events for steps: nothing waits for the device between steps."""
-
-    device: torch.device
-    _marks: list[Any] = field(default_factory=list)
-    _begun: float = 0.0
-    _first: float = 0.0
-    _prefill: float = 0.0
-    _total: float = 0.0
-
-    def start(self) -> None:
-        """Begin."""
-        _synchronize(self.device)
-        self._begun = time.perf_counter()
-
-    def prefilled(self) -> None:
-        """A micro-batch has its first tokens."""
-        _synchronize(self.device)
-        self._prefill = time.perf_counter() - self._begun
-        self._first = self._first or self._prefill
-        self._marks = [self._mark()]
-
-    def stepped(self) -> None:
-        """Every row has one more token."""
-        self._marks.append(self._mark())
-
-    def stop(self) -> None:
-        """End."""
-        _synchronize(self.device)
-        self._total = time.perf_counter() - self._begun
-
-    def fields(self) -> dict[str, Any]:
-        """Names and values of a result."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        return {
-            "ttft_s": self._prefill,
-            "ttft_first_s": self._first,
-            "prefill_s": self._prefill,
-            "decode_s": self._total - self._prefill,
-            "total_s": self._total,
-            "tpot_s": tuple(self._between(*pair) for pair in pairs),
-        }
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, start: Any, end: Any) -> float:
-        if self.device.type != "cuda":
-            return float(end - start)
-        return float(start.elapsed_time(end)) / 1e3
 
 
 def _work(

@@ -56,11 +56,16 @@ class Workload:
         return self.input_tokens + self.output_tokens - 1
 
     @property
-    def is_vision(self) -> Tensor:
-        """(1, input) bool: text, then all images, then the rest of the text."""
-        mask = torch.zeros(1, self.input_tokens, dtype=torch.bool)
+    def images(self) -> slice:
+        """The vision tokens: text, then all images, then the rest of the text."""
         start = (self.input_tokens - self.vision_tokens) // 2
-        mask[:, start : start + self.vision_tokens] = True
+        return slice(start, start + self.vision_tokens)
+
+    @property
+    def is_vision(self) -> Tensor:
+        """(1, input) bool."""
+        mask = torch.zeros(1, self.input_tokens, dtype=torch.bool)
+        mask[:, self.images] = True
         return mask
 
 

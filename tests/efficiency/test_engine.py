@@ -141,15 +141,26 @@ def test_a_prompt_beyond_the_rehearsed_room_is_refused(tiny_text_model: Any) -> 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("method", ["fp16", "akvq_vl", "kivi", "rtn_int2_wht"])
 def test_prompts_and_steps_never_wait_for_the_device(method: str, tiny_text_model: Any) -> None:
-    model = model_of(tiny_text_model("llama", head_dim=64)).half()
-    workload = Workload(300, 0, 8, batch=4)
+    never_waits(model_of(tiny_text_model("llama", head_dim=64)), method, Workload(300, 0, 8, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_prompts_with_images_never_wait_for_the_device(tiny_llava: Any) -> None:
+    model = model_of(tiny_llava)
+    vision = 4 * tokens_per_image(model.config)
+    never_waits(model, "akvq_vl", Workload(vision + 200, vision, 8, 4))
+
+
+def never_waits(model: Any, method: str, workload: Workload) -> None:
+    model = model.half()
     engine = make_engine(model, bound_to(model, method), workload)
-    prompts = next(micro_batches(model, workload, 4, seed=0))
-    engine.prefill(0, prompts)  # copies constants to the device
+    engine.prefill(0, next(micro_batches(model, workload, 4, seed=0)))  # copies constants
     engine.forget()
+    prompts = micro_batches(model, workload, 4, seed=0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.prefill(0, prompts)
+        engine.prefill(0, next(prompts))
         engine.decode()
     finally:
         torch.cuda.set_sync_debug_mode("default")

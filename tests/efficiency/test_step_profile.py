@@ -10,6 +10,7 @@ from kvbench.efficiency.step_profile import (
     KernelTime,
     Launch,
     Profile,
+    conditions,
     profile_step,
     short_name,
     step_requests,
@@ -66,9 +67,21 @@ def test_it_needs_a_gpu() -> None:
 def test_attention_is_among_the_kernels_of_a_step(tiny_llava_folder) -> None:
     model = f"tiny={tiny_llava_folder}"
     request = TrialRequest(
-        model, "akvq_vl[recent=16]", Workload(44, 32, 24, 3), "engine", prefill_rows=2
+        model,
+        "akvq_vl[recent=16,text_layers=none]",
+        Workload(44, 32, 24, 3),
+        "engine",
+        prefill_rows=2,
     )
     prompts, step = profile_step(request, steps=2)
     names = {kernel.name: kernel.launches for kernel in step.kernels}
     assert names["attend"] == TINY_LAYERS
     assert prompts.ms > 0 and step.ms > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_conditions_name_the_device_and_versions() -> None:
+    device, versions = conditions().splitlines()
+    assert device.startswith(f"{torch.cuda.get_device_name()}: copy ")
+    assert f"torch {torch.__version__.split('+')[0]}" in versions

@@ -17,7 +17,7 @@ from kvbench.kernels.attention import (
     split_counts,
     unsupported,
 )
-from kvbench.kernels.attention_launch import Question, Tuning, decode
+from kvbench.kernels.attention_launch import Question, Tuning, decode, launches
 from kvbench.kernels.packing import pack
 from kvbench.kernels.states import PackedStates, Span, States
 
@@ -212,6 +212,15 @@ def test_spans_of_all_precisions_are_one_softmax(splits: Sequence[int]) -> None:
         Piece(exact(48), exact(48), (17, 48), (40, 9), (9, 40)),
     ]
     check(pieces, heads=4, splits=splits)
+
+
+def test_a_launch_takes_two_spans_at_most() -> None:
+    assert [launches(count) for count in (1, 2, 3, 4)] == [
+        [(0,)],
+        [(0, 1)],
+        [(0, 2), (1,)],
+        [(0, 3), (1, 2)],
+    ]
 
 
 @pytest.mark.parametrize(
