@@ -37,6 +37,10 @@ class TrialRequest:
     probe: bool = False
     """Only find out whether it fits: one micro-batch stands in for all, a few steps for the rest.
     """
+    steady: bool = False
+    """Whether it has run out of memory if torch had to give cached memory back to the device and
+    ask again while the clock ran: all work waits for that. Only of the static engine.
+    """
     seed: int = 0
 
     def save(self, path: Path) -> None:

@@ -58,6 +58,11 @@ class Setting:
     """Fingerprint of the code that was measured."""
     versions: dict[str, Any]
 
+    @property
+    def searched(self) -> bool:
+        """Whether the batch is the largest that completes."""
+        return self.fixed_batch is None
+
     def row_key(self) -> str:
         """SHA-256 (hex) over all fields."""
         return fingerprint({"schema": SCHEMA, **asdict(self)})
@@ -108,11 +113,6 @@ class EfficiencyRow(TrialResult, Setting):
     def __post_init__(self) -> None:
         """Check every field's type."""
         check_types(self)
-
-    @property
-    def searched(self) -> bool:
-        """Whether the batch is the largest that completes."""
-        return self.fixed_batch is None
 
     def to_json(self) -> str:
         """Return the row as one line of JSON, without the newline."""

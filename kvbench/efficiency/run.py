@@ -201,6 +201,8 @@ class Bench:
             memory_limit=asked.memory_limit,
             prefill_rows=asked.prefill_rows,
             probe=probe,
+            # Peers run as their users run them; one row is what there is at least.
+            steady=asked.runner == "engine" and not probe and asked.searched and batch > 1,
             seed=asked.seed,
         )
         around = {name: getattr(asked, name) for name in ("revision", "device", "code", "versions")}

@@ -169,20 +169,29 @@ def _probe(request: TrialRequest, engine: Engine, bound: BoundMethod) -> None:
 
 
 def _generate(request: TrialRequest, engine: Engine, bound: BoundMethod) -> dict[str, Any]:
-    """Run all; a result's times, by name."""
+    """Run all; a result's times, by name.
+
+    Raises:
+        OutOfMemoryError: See `TrialRequest.steady`.
+    """
     workload, clock = request.workload, Clock(bound.model.device)
     prompts = micro_batches(bound.model, workload, request.prefill_rows, request.seed)
     _compile_rest(request, engine, bound)
+    retries = _retries(bound.model.device)
     clock.start()
     done = 0
     for some in prompts:
         engine.prefill(done, some)
         done += len(some["input_ids"])
         clock.mark()
+        del some  # the next are made in the same memory
     for _ in range(workload.output_tokens - 1):
         engine.decode()
         clock.mark()
     total, spent = clock.since_start(), clock.between()
+    steady = request.steady and isinstance(engine, StaticEngine)
+    if steady and _retries(bound.model.device) > retries:
+        raise torch.OutOfMemoryError("prompts ran, but torch had to give cached memory back for it")
     prompted = len(spent) - (workload.output_tokens - 1)
     prefill = sum(spent[:prompted])
     return {
@@ -241,6 +250,13 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 def _bytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def _retries(device: torch.device) -> int:
+    """How often torch gave cached memory back to the device, to ask again for another block."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.memory_stats(device)["num_alloc_retries"])
 
 
 def _reserved(device: torch.device) -> int:

@@ -120,6 +120,21 @@ def test_a_full_run_that_needs_more_steps_down(model: str, conditions: Any) -> N
     assert (row.status, row.batch, row.out_of_memory_at) == ("ok", 2, 4)
 
 
+def test_only_the_full_run_of_a_search_must_be_steady(model: str, conditions: Any) -> None:
+    machine = Machine(5, truth=1)
+    measure(scenarios(model), conditions(), Silent(), machine)
+    steady = {
+        (request.workload.batch, request.probe): request.steady for request in machine.requests
+    }
+    assert not any(of for (_, probe), of in steady.items() if probe)
+    assert steady[5, False]
+    assert not steady[1, False]
+    machine = Machine(5)
+    measure(scenarios(model, "hf_dynamic"), conditions(), Silent(), machine)
+    measure(scenarios(model, batches=[4]), conditions(), Silent(), machine)
+    assert not any(request.steady for request in machine.requests)
+
+
 def test_not_even_one_row(model: str, conditions: Any) -> None:
     measure(scenarios(model), conditions(), Silent(), Machine(0))
     (row,) = read_efficiency(conditions().out)

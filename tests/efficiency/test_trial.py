@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,28 @@ def test_every_shape_runs_before_the_clock_does(
     monkeypatch.setattr(StaticEngine, "prefill", recorded)
     run_trial(request_of)
     assert rows == [(0, 2), (0, 1), (0, 2), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("method", "steady", "status"),
+    [
+        ("akvq_vl[recent=8,pivots=3]", True, "oom"),
+        ("akvq_vl[recent=8,pivots=3]", False, "ok"),
+        ("skvq[group_size=16]", True, "ok"),  # eager: its cache has to grow
+    ],
+)
+def test_memory_given_back_while_the_clock_runs(
+    request_of: TrialRequest,
+    method: str,
+    steady: bool,
+    status: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    retries = itertools.count()
+    monkeypatch.setattr("kvbench.efficiency.trial._retries", lambda device: next(retries))
+    result = run_trial(replace(request_of, method=method, steady=steady))
+    assert result.status == status
+    assert ("give cached memory back" in result.detail) == (status == "oom")
 
 
 def test_a_peer_has_no_engine(request_of: TrialRequest) -> None:
