@@ -234,8 +234,9 @@ def attend_span(
     own, every = own_tokens(SHAPE), tl.arange(0, TILE)
     for tile_start in tl.range(low, high, TILE, num_stages=SHAPE.stages):
         tile = tl.multiple_of(tile_start, TILE)
-        inside = (tile + every >= before) & (tile + every < high)
-        valid = (tile + own >= before) & (tile + own < high)
+        inside, valid = tile + every < high, tile + own < high
+        if KEYS.tokens > 0:  # the first tile may begin before the first token
+            inside, valid = inside & (tile + every >= before), valid & (tile + own >= before)
         blocks = (tile + every) // 8 * 8 < high
         scores, rows = scores_of(question, key, tile, before, inside, blocks, KEYS, SHAPE)
         if SHAPE.window:
