@@ -31,8 +31,10 @@ def embedded(model: PreTrainedModel, prompts: Mapping[str, Tensor]) -> Tensor:
     """(b, n, hidden) embeddings of prompts with their images in place, as LLaVA's classes do it.
 
     transformers finds the places among all numbers of all embeddings, which takes gigabytes; to
-    write to the places that a mask picks would wait for the device. There must be a feature for
-    every place.
+    write to the places that a mask picks would wait for the device.
+
+    Raises:
+        RuntimeError: There are not as many features as places; on CUDA, when next waited for.
     """
     ids = prompts["input_ids"]
     embeddings: Tensor = model.get_input_embeddings()(ids)
@@ -41,8 +43,9 @@ def embedded(model: PreTrainedModel, prompts: Mapping[str, Tensor]) -> Tensor:
         features = tower.get_image_features(pixel_values=prompts["pixel_values"]).pooler_output
         place = ids == image_token_ids(model.config)[0]
         rank = (place.flatten().cumsum(0) - 1).clamp_min(0).view_as(ids)
-        images = torch.cat(list(features)).to(embeddings.dtype)[rank]
-        embeddings = torch.where(place[..., None], images, embeddings)
+        states = torch.cat(list(features)).to(embeddings.dtype)
+        torch._assert_async(place.sum() == len(states), "image features don't match their places")
+        embeddings = torch.where(place[..., None], states[rank], embeddings)
     return embeddings
 
 

@@ -137,6 +137,17 @@ def test_a_prompt_beyond_the_rehearsed_room_is_refused(tiny_text_model: Any) -> 
         _ = engine.packed_tokens_read
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU says so later, and is of no use then")
+def test_features_match_their_places(tiny_llava: Any) -> None:
+    model = model_of(tiny_llava)
+    vision = tokens_per_image(model.config)
+    engine = make_engine(model, bound_to(model, "fp16"), Workload(vision + 9, vision, 4))
+    prompts = next(micro_batches(model, Workload(vision + 9, vision, 4), 1, seed=0))
+    prompts["input_ids"][0, 0] = model.config.image_token_id
+    with pytest.raises(RuntimeError, match="match their places"):
+        engine.prefill(0, prompts)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("method", ["fp16", "akvq_vl", "kivi", "rtn_int2_wht"])
