@@ -58,15 +58,15 @@ class OSCAR:
     which matters for groups smaller than a head; the columns of U come in the order of ascending
     eigenvalues. The first `sinks` tokens stay exact, also those that follow a shorter prompt, and
     the newest `recent`, which leave the window eight at a time: whenever the tokens before it,
-    sinks included, are a multiple of eight. `rotation="hadamard"` and `"identity"` are
-    the ablations that need no calibration.
+    sinks included, are a multiple of eight. `rotation="hadamard"` and `"identity"` are the
+    ablations that need no calibration.
 
     Deviations from the released code: codes are rounded half to even, half up there; scale and
     minimum are rounded to float16 before codes are made, as its quoted bits count them, where its
-    recipes keep a float32 scale and zero-point; the rotated
-    basis also holds the exact tokens; heads whose size is no power of two get a Paley-Sylvester
-    matrix and no P; its Lloyd-Max mode and second pass on residuals are not offered. The authors
-    calibrated on prompts of the benchmarks they report; here it is data that no task scores.
+    recipes keep a float32 scale and zero-point; the rotated basis also holds the exact tokens;
+    heads whose size is no power of two get a Paley-Sylvester matrix and no P; its Lloyd-Max mode
+    and second pass on residuals are not offered. The authors calibrated on prompts of the
+    benchmarks they report; here it is data that no task scores.
     """
 
     label: ClassVar[str] = "OSCAR"

@@ -100,7 +100,7 @@ def kvtuner_kivi(step: Step) -> tuple[Array, Array]:
 
 
 def skvq(step: Step) -> tuple[Array, Array]:
-    """The first two tokens, a window of 8 with the current token, uneven groups, keys before RoPE."""
+    """Two sinks, a window of 8 with the current token, uneven groups, keys before RoPE."""
     positions = np.arange(step.length)
     packed = (positions >= 2) & (positions < step.length - 8)
     sides = []
@@ -137,7 +137,7 @@ def quarot(step: Step) -> tuple[Array, Array]:
 
 
 def oscar(step: Step) -> tuple[Array, Array]:
-    """The first 2 tokens exact, and 8 to 15 recent; groups of 8 clamped to |x| of rank 5 (keys) and 7."""
+    """2 sinks, 8 to 15 recent tokens; groups of 8 clamped to |x| of rank 5 (keys) and 7."""
     recent = min(step.length, 8) + max(step.length - 8, 0) % 8
     sides = []
     for x, statistic, rank in (
