@@ -27,7 +27,8 @@ class KIVI:
 
     Exact tokens: the last `length mod residual` keys and the last `residual` values, besides the
     token being decoded. `prompt_residual=False` keeps prompt tokens exact only where they don't
-    fill a group of keys. Deviations from the official code: a constant channel is stored exactly
+    fill a group of keys. Deviations from the official code: scale and minimum are float16 whatever
+    the model's dtype (both round them before codes are made), a constant channel is stored exactly
     instead of becoming NaN, and padding never enters a group.
     """
 

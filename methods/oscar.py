@@ -55,15 +55,18 @@ class OSCAR:
     Keys (after RoPE) and queries are turned by the moment of the queries, values by that of the
     values, a token weighted with kᵀ(QᵀQ)k; both averaged over key/value heads, or one rotation a
     head with `per_head`. P puts the channel of the i-th largest eigenvalue at the bit-reversed i,
-    which matters for groups smaller than a head. The first `sinks` and the newest `recent` tokens
-    stay exact, which leave the window eight at a time. `rotation="hadamard"` and `"identity"` are
-    the ablations that need no calibration.
+    which matters for groups smaller than a head; the columns of U come in the order of ascending
+    eigenvalues. The first `sinks` tokens stay exact, also those that follow a shorter prompt, and
+    the newest `recent`, which leave the window eight at a time: whenever the tokens before it,
+    sinks included, are a multiple of eight. `rotation="hadamard"` and `"identity"` are the
+    ablations that need no calibration.
 
     Deviations from the released code: codes are rounded half to even, half up there; scale and
-    minimum are float16, as its quoted bits count them, where its recipes set float32; the rotated
-    basis also holds the exact tokens; heads whose size is no power of two get a Paley-Sylvester
-    matrix and no P; its Lloyd-Max mode and second pass on residuals are not offered. The authors
-    calibrated on prompts of the benchmarks they report; here it is data that no task scores.
+    minimum are rounded to float16 before codes are made, as its quoted bits count them, where its
+    recipes keep a float32 scale and zero-point; the rotated basis also holds the exact tokens;
+    heads whose size is no power of two get a Paley-Sylvester matrix and no P; its Lloyd-Max mode
+    and second pass on residuals are not offered. The authors calibrated on prompts of the
+    benchmarks they report; here it is data that no task scores.
     """
 
     label: ClassVar[str] = "OSCAR"

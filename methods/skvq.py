@@ -35,11 +35,12 @@ _STARTS = 10
 class SKVQ:
     """Per token over all heads, groups of uneven size found by k-means on (min, max) of a channel.
 
-    Keys are stored before RoPE. The paper searches the clip ratio a group; the released code uses
-    one number, as here. With few channels (3 heads of 64: two groups) reordering has little to
-    choose from; compare at equal group sizes. Deviations from that code: real packing instead of
-    simulation, codes computed with the metadata as stored, each token's own position under padding
-    and M-RoPE.
+    Keys are stored before RoPE. The first `sinks` tokens stay exact, also those that follow a
+    shorter prompt, and the newest `window`. The paper searches the clip ratio a group; the released
+    code uses one number, as here. With few channels (3 heads of 64: two groups) reordering has
+    little to choose from; compare at equal group sizes. Deviations from that code: real packing
+    instead of simulation, codes computed with the metadata as stored, each token's own position
+    under padding and M-RoPE.
     """
 
     label: ClassVar[str] = "SKVQ"

@@ -67,6 +67,8 @@ class Tokens:
     """(B, n, hidden) residual stream entering the layer; prompt only."""
     attention: SelfAttention | None = None
     """Queries and keys of these tokens; None where nothing runs and only sizes are asked for."""
+    before: tuple[int, ...] | None = None
+    """Valid tokens that each row had seen before; None where nothing runs."""
 
 
 @dataclass(frozen=True)

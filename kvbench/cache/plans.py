@@ -20,22 +20,28 @@ def filled(tokens: Tokens, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every token gets the same bits; the first `sinks` tokens of a row stay exact (SKVQ)."""
+    """Every token gets the same bits; the first `sinks` tokens of a row stay exact (SKVQ, OSCAR).
+
+    Where the prompt is shorter, the tokens after it are the rest of them.
+    """
 
     bits: int
     sinks: int = 0
 
     def prompt(self, tokens: Tokens) -> Tensor:
         """(B, n) int8."""
-        bits = filled(tokens, self.bits)
-        if self.sinks:
-            rank = tokens.valid.cumsum(1)
-            bits[tokens.valid & (rank <= self.sinks)] = EXACT
-        return bits
+        return self._from(tokens, (0,) * len(tokens.valid))
 
     def generated(self, tokens: Tokens) -> Tensor:
-        """(B, n) int8."""
-        return filled(tokens, self.bits)
+        """(B, n) int8; tokens come after the sinks unless `before` says otherwise."""
+        return self._from(tokens, tokens.before or (self.sinks,))
+
+    def _from(self, tokens: Tokens, before: tuple[int, ...]) -> Tensor:
+        bits = filled(tokens, self.bits)
+        if min(before) < self.sinks:
+            left = self.sinks - tokens.valid.new_tensor(before, dtype=torch.long)
+            bits[tokens.valid & (tokens.valid.cumsum(1) <= left[:, None])] = EXACT
+        return bits
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class StoredLayer(CacheLayerMixin):
         if valid is None or valid.shape != (rows, new):
             valid = torch.ones(rows, new, dtype=torch.bool)
         residual = observed.residual.pop(self.spec.index, None)
-        return Tokens(valid, observed.is_vision, residual, attention)
+        return Tokens(valid, observed.is_vision, residual, attention, tuple(self.tokens))
 
     def _store(self, step: StoredStates, tokens: Tokens) -> None:
         """Ask the plan, take what it keeps into the stores, and let them settle after a prompt."""

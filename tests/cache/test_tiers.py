@@ -352,3 +352,29 @@ def test_only_important_tokens_attend_in_a_sparse_prefill() -> None:
                 q, k, v = query[row, :, place], keys[row], values[row]
                 expected = attended(q.numpy(), k.numpy(), v.numpy(), np.stack([seen] * KV_HEADS))
             np.testing.assert_allclose(out[row, :, place], expected, atol=1e-12)
+
+
+def test_tokens_after_a_short_prompt_are_the_rest_of_the_sinks() -> None:
+    """Rows of 3 and 1 valid tokens, then two tokens at once, then single ones; 4 sinks a row."""
+    side = Side({2: Affine(2, WIDTH, zero="float")})
+    observed = Observed(Needs(), False)
+    layer = QuantizedLayer(
+        LayerQuantizer(side, side, Uniform(2, sinks=4)), SPEC, "quantized_prefill", observed
+    )
+    source = torch.Generator().manual_seed(0)
+    module, taken = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=False), []
+    for new, exact in ((3, (3, 1)), (2, (4, 3)), (1, (4, 4)), (1, (4, 4))):
+        states = torch.randn(2, KV_HEADS, new, WIDTH, generator=source)
+        query = torch.randn(2, HEADS, new, WIDTH, generator=source)
+        observed.valid = torch.ones(2, new, dtype=torch.bool)
+        if not taken:
+            observed.valid[1, :2] = False
+        taken.append(states)
+        stored, _ = layer.update(states, states)
+        layer.attend(module, query, stored, None, WIDTH**-0.5)  # type: ignore[arg-type]
+        assert layer.key_store.segments[EXACT].lengths == exact
+    every = torch.cat(taken, 2)
+    assert layer.key_store.packed_lengths == (3, 1)
+    kept = layer.read()[0].data
+    torch.testing.assert_close(kept[0, :, 3:7], every[0, :, :4])  # packed tokens are read first
+    torch.testing.assert_close(kept[1, :, 1:5], every[1, :, 2:6])

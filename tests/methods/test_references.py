@@ -102,7 +102,7 @@ def kvtuner_kivi(step: Step) -> tuple[Array, Array]:
 def skvq(step: Step) -> tuple[Array, Array]:
     """Two sinks, a window of 8 with the current token, uneven groups, keys before RoPE."""
     positions = np.arange(step.length)
-    packed = (positions >= min(2, step.prompt)) & (positions < step.length - 8)
+    packed = (positions >= 2) & (positions < step.length - 8)
     sides = []
     for name, x in (("key", turn(step.keys, -positions)), ("value", step.values.copy())):
         flat = np.concatenate(list(x), -1)
@@ -153,7 +153,7 @@ def oscar(step: Step) -> tuple[Array, Array]:
             turn[:, int(f"{place:04b}"[::-1], 2)] = turned[:, channel]
         stored = x @ turn
         for head, token in np.ndindex(stored.shape[:2]):
-            if min(2, step.prompt) <= token < step.length - recent:
+            if 2 <= token < step.length - recent:
                 for group in stored[head, token].reshape(2, 8):
                     limit = np.sort(np.abs(group))[rank]
                     group[:] = grid(np.clip(group, -limit, limit), 2, integer=False)
