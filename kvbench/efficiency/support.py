@@ -7,7 +7,7 @@ from kvbench.cache.contract import EXACT, DeferringPlan, LayerQuantizer, LayerSp
 from kvbench.cache.fused import UNREADABLE, is_even
 from kvbench.cache.quantized import BoundMethod
 from kvbench.cache.windows import Residual, Sliding
-from kvbench.efficiency.workload import Workload, cache_layout
+from kvbench.efficiency.workload import Workload, cache_layout, generated_bits
 
 
 def unsupported(bound: BoundMethod, workload: Workload) -> str | None:
@@ -36,6 +36,9 @@ def _unsupported_layer(
         return "the logits of some tokens are changed before softmax"
     if isinstance(quantizer.plan, DeferringPlan):
         return "its plan decides when tokens leave the window"
+    first = generated_bits(quantizer.plan, before=workload.input_tokens)
+    if first != generated_bits(quantizer.plan):
+        return "tokens that follow a short prompt are stored unlike later ones"
     for side in (quantizer.key, quantizer.value):
         if side.pre_rope:
             return "keys are stored before rotary embedding"

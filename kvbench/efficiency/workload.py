@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -159,10 +159,11 @@ def ring_tokens(window: Window | None, total: int) -> int:
     raise UserError(f"no bound is known for the tokens in a {type(window).__name__} window.")
 
 
-def generated_bits(plan: Plan) -> int:
-    """Bits of a generated token."""
+def generated_bits(plan: Plan, before: int | None = None) -> int:
+    """Bits of a generated token that has so many tokens before it; None: enough of them."""
     token = Tokens(torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool))
-    return int(plan.generated(token).item())
+    seen = None if before is None else (before,)
+    return int(plan.generated(replace(token, before=seen)).item())
 
 
 def _layer_layout(

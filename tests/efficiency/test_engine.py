@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from kvbench.cache.plans import Uniform
 from kvbench.cache.quantized import bind
 from kvbench.efficiency.engine import EagerEngine, Engine, StaticEngine, make_engine
 from kvbench.efficiency.prompts import micro_batches, tokens_per_image
@@ -115,6 +117,17 @@ def test_a_short_attention_window_runs_eagerly(tiny_text_model: Any) -> None:
     model = model_of(tiny_text_model("mistral", sliding_window=9))
     engine = make_engine(model, bound_to(model, "rtn_int4"), Workload(45, 0, 8))
     assert "window is shorter" in engine.path
+
+
+@pytest.mark.parametrize(("tokens", "engine"), [(3, EagerEngine), (4, StaticEngine)])
+def test_a_prompt_shorter_than_its_sinks_runs_eagerly(
+    tokens: int, engine: type, tiny_text_model: Any
+) -> None:
+    model = model_of(tiny_text_model("llama"))
+    bound = bound_to(model, "rtn_int2")
+    sinks = tuple(replace(each, plan=Uniform(2, sinks=4)) for each in bound.quantizers)
+    bound = replace(bound, quantizers=sinks)
+    assert isinstance(make_engine(model, bound, Workload(tokens, 0, 4)), engine)
 
 
 def test_prompts_that_attend_to_what_is_stored_run_eagerly(tiny_text_model: Any) -> None:
