@@ -164,7 +164,7 @@ def test_the_official_style_answers_as_eval_does(
         pytest.importorskip("optimum.quanto", reason="the extra [peers] is not installed")
     (choice,) = choose_methods(spec)
     method = PreparedMethod.of(loaded, choice, "exact_prefill", None)
-    model = KVBenchVLM(loaded, spec, "exact_prefill", "official")
+    model = KVBenchVLM(loaded, spec, "exact_prefill", prompt_style="official")
     found = answers(run(model, {"image_paths": True}))
     for name in ("oe", "sc"):
         cell = read_cell(name, data_root, None, 0)
