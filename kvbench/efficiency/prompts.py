@@ -16,15 +16,15 @@ from kvbench.errors import UserError
 
 def micro_batches(
     model: PreTrainedModel, workload: Workload, rows: int, seed: int
-) -> Iterator[dict[str, Tensor]]:
-    """Keyword arguments of the model's forward for at most `rows` prompts at a time.
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The first row, and keyword arguments of the model's forward, of at most `rows` prompts.
 
     Raises:
         UserError: the vision tokens aren't whole images of this model, or it takes no images.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     for start in range(0, workload.batch, rows):
-        yield _prompts(model, workload, min(rows, workload.batch - start), generator)
+        yield start, _prompts(model, workload, min(rows, workload.batch - start), generator)
 
 
 def embedded(model: PreTrainedModel, prompts: Mapping[str, Tensor]) -> Tensor:
