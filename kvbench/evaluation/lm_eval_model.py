@@ -17,6 +17,7 @@ from rich.progress import track
 from torch import Tensor
 
 from kvbench.cache import QuantizedCache, cache_argument
+from kvbench.defaults import REFERENCE
 from kvbench.errors import UserError
 from kvbench.evaluation.calibration import calibrated, kept_statistics, statistics_for
 from kvbench.evaluation.choices import choose_methods
@@ -67,7 +68,7 @@ class _FromCache(_Parent):  # type: ignore[misc]
     def __init__(
         self,
         pretrained: str | LoadedModel | None = None,
-        kv_method: str | PreparedMethod = "fp16",
+        kv_method: str | PreparedMethod = REFERENCE,
         protocol: str = "quantized_prefill",
         calibration: str | None = None,
         device: str | None = None,
