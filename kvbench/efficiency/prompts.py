@@ -13,6 +13,9 @@ from kvbench.cache.observers import image_token_ids
 from kvbench.efficiency.workload import Workload
 from kvbench.errors import UserError
 
+_TEXT_TOKENS = 24
+"""Of a prompt's tokens, kept from its images."""
+
 
 def micro_batches(
     model: PreTrainedModel, workload: Workload, rows: int, seed: int
@@ -57,10 +60,10 @@ def tokens_per_image(config: Any) -> int:
     return 576  # dynamic resolution: as many as LLaVA's, by choice
 
 
-def whole_images(config: Any, input_tokens: int, text_tokens: int = 24) -> int:
-    """The most vision tokens of whole images that leave room for `text_tokens` of text."""
+def whole_images(config: Any, input_tokens: int) -> int:
+    """The most vision tokens of whole images that leave room for some text."""
     each = tokens_per_image(config)
-    return max(input_tokens - text_tokens, 0) // each * each if each else 0
+    return max(input_tokens - _TEXT_TOKENS, 0) // each * each if each else 0
 
 
 def _prompts(
