@@ -340,6 +340,16 @@ def tiny_text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_text_model("llama").save(tmp_path_factory.mktemp("tiny_llama"))
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two drawn samples of two tasks, in MileBench's layout; not to be changed."""
+    from kvbench.tasks.minimile import make
+
+    root = tmp_path_factory.mktemp("drawn") / "data"
+    make(root, samples=2, folders=("ObjectExistence", "WebQA"))
+    return root
+
+
 class OneBit:
     """Everything at one bit in groups of a whole head: little survives."""
 

@@ -86,7 +86,7 @@ def efficiency(
         "tolerance": tolerance,
     }
     if plan:
-        from kvbench.efficiency.run import expected
+        from kvbench.efficiency.plan import expected
 
         typer.echo(expected(*api.efficiency_request(**asked)))
     else:

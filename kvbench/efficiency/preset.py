@@ -12,7 +12,6 @@ from kvbench.defaults import PLAIN, QUANTO, REFERENCE, REPRODUCED
 from kvbench.efficiency.plan import model_capacity
 from kvbench.efficiency.rows import EfficiencyRow
 from kvbench.efficiency.scenario import Scenario
-from kvbench.efficiency.workload import Workload
 from kvbench.errors import UserError
 from kvbench.registry import MODELS
 
@@ -178,12 +177,11 @@ def _error(row: EfficiencyRow) -> float | None:
     Of plain `generate` the allocator's figure counts: the driver's has all that growing caches
     left behind, up to the limit.
     """
-    workload = Workload(row.input_tokens, row.vision_tokens, row.output_tokens, row.batch)
     try:
         model = model_capacity(MODELS.get(row.model), row.method, row.dtype)
     except UserError:
         return None
-    peak = model.footprint(workload, row.prefill_rows)
+    peak = model.footprint(row.workload(row.batch), row.prefill_rows)
     generate = row.runner == "generate"
     expected, found = (peak.allocated, row.peak_torch) if generate else (peak.total, row.peak_nvml)
     return 100 * abs(expected / found - 1) if found else None
