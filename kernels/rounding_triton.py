@@ -12,7 +12,6 @@ import triton.language as tl
 
 _MAGIC: tl.constexpr = tl.constexpr(12582912.0)
 """1.5 · 2^23: added to a number within 2^22 of zero, it leaves no place for a fraction."""
-_MAGIC_BITS: tl.constexpr = tl.constexpr(0x4B400000)
 _HALF_MAX: tl.constexpr = tl.constexpr(65504.0)
 _HALF_TINY: tl.constexpr = tl.constexpr(2.0**-24)
 _LARGEST: tl.constexpr = tl.constexpr(2.0**100)

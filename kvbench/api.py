@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbench.defaults import MEASURED
 from kvbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ def _scenarios(preset: str | None, models: str, given: dict[str, Any]) -> list[S
     from kvbench.efficiency.scenario import grid, read_batches
 
     if preset is None:
-        methods, batches = given.pop("methods", "fp16,akvq_vl"), given.pop("batch", "largest")
+        methods, batches = given.pop("methods", MEASURED), given.pop("batch", "largest")
         return grid(models, methods, read_batches(batches), **given)
     if preset != PAPER:
         raise UserError(f"unknown preset {preset!r}: there is {PAPER}")

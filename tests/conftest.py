@@ -52,6 +52,9 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from kvbench.cache import Affine, LayerQuantizer, Needs, Side, Uniform
+from kvbench.registry import METHODS
+
 torch.set_num_threads(1)
 
 _EXAMPLES = os.environ.get("KVBENCH_EXAMPLES")
@@ -335,3 +338,28 @@ def tiny_qwen2_vl_folder(tiny_qwen2_vl: Tiny, tmp_path_factory: pytest.TempPathF
 def tiny_text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaMA as a checkpoint folder; copy it before breaking it."""
     return build_text_model("llama").save(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two drawn samples of two tasks, in MileBench's layout; not to be changed."""
+    from kvbench.tasks.minimile import make
+
+    root = tmp_path_factory.mktemp("drawn") / "data"
+    make(root, samples=2, folders=("ObjectExistence", "WebQA"))
+    return root
+
+
+class OneBit:
+    """Everything at one bit in groups of a whole head: little survives."""
+
+    label, paper, needs = "1 bit", "-", Needs()
+
+    def layer(self, spec: Any, calibration: Any) -> LayerQuantizer:
+        codec = Affine(1, spec.head_dim)
+        return LayerQuantizer(Side({1: codec}), Side({1: codec}), Uniform(1))
+
+
+@pytest.fixture
+def one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS._builtin, "one_bit", (OneBit(), "a test"))

@@ -78,8 +78,8 @@ def test_calibration_never_warns(tiny_text_model: Any) -> None:
 def test_measurements_of_speed_never_warn(tiny_text_model: Any) -> None:
     model = tiny_text_model().model
     engine = EagerEngine(model, bind(model, "rtn_int4"), WORKLOAD, "asked for")
-    for prompts in micro_batches(model, WORKLOAD, WORKLOAD.batch, seed=3):
-        engine.prefill(0, prompts)
+    for first_row, prompts in micro_batches(model, WORKLOAD, WORKLOAD.batch, seed=3):
+        engine.prefill(first_row, prompts)
     engine.decode()
     for probes in (False, True):
         request = TrialRequest(

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from kvbench.cache import LayerSpec, Needs, observing
 from kvbench.cache.attention import StoredStates, attention
 from kvbench.cache.observers import Observed
 from kvbench.cache.quantized import use_kvbench_attention
+from kvbench.cache.watching import WatchingLayer
 from kvbench.evaluation.decode import decode_step, prefill
 
 if TYPE_CHECKING:
@@ -60,46 +60,29 @@ class LayerView:
 Visitor = Callable[[LayerView], None]
 
 
-class _WatchedLayer(CacheLayerMixin):
+class _WatchedLayer(WatchingLayer):
     """Keeps one prompt's exact states; later single tokens see them from any number of rows."""
 
-    is_sliding = False
-
     def __init__(self, spec: LayerSpec, observed: Observed, visit: Visitor) -> None:
-        super().__init__()
-        self.spec, self.observed, self.visit = spec, observed, visit
-        self.is_initialized = True
+        super().__init__(spec, observed)
+        self.visit = visit
         self.replaced: Mapping[int, Tensor] = {}
         """Rows of the next step whose attention output (Hq, D) is given."""
-        self.length = 0
-        """Tokens that the model takes for cached."""
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to make."""
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[StoredStates, StoredStates]:
         if not self.length:
             self.prompt_keys, self.prompt_values = key_states[0], value_states[0]
-            self.length = key_states.shape[2]
-        step = StoredStates(self, key_states, value_states)  # type: ignore[arg-type]
-        return step, step
+        return super().update(key_states, value_states)
 
     def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        step: StoredStates,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None = None,
-        **options: Any,
+        self, module: nn.Module, query: Tensor, step: StoredStates, mask: Tensor | None, **how: Any
     ) -> Tensor:
+        scaling, softcap = how["scaling"], how.get("softcap")
         if query.shape[2] == 1:
             return self._attend_last(query, step, scaling, softcap)
-        options |= {"scaling": scaling, "softcap": softcap}
-        out = attention(module, query, step.keys, step.values, mask, **options)[0].transpose(1, 2)
+        out = attention(module, query, step.keys, step.values, mask, **how)[0].transpose(1, 2)
         own = None if mask is None else mask[0, 0, :, : query.shape[2]]
         residual = self.observed.residual.pop(self.spec.index)
         self.visit(
@@ -136,15 +119,6 @@ class _WatchedLayer(CacheLayerMixin):
         for row, given in self.replaced.items():
             out[row] = given.to(out.dtype)
         return out[:, :, None]
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
 
 
 class _WatchingCache(Cache):

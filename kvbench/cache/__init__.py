@@ -28,7 +28,6 @@ from kvbench.cache.contract import (
 )
 from kvbench.cache.fields import check_fields
 from kvbench.cache.floats import Float8
-from kvbench.cache.folding import folded_values
 from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.hadamard import rotation
 from kvbench.cache.layerwise import LayerwiseQuantizer
@@ -103,7 +102,6 @@ __all__ = [
     "check_packable",
     "column_mass",
     "filled",
-    "folded_values",
     "kept_exact",
     "load_calibration",
     "observing",

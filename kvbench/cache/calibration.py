@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from kvbench.cache.argument import cache_argument
 from kvbench.cache.attention import StoredStates, attention
@@ -20,43 +19,26 @@ from kvbench.cache.contract import Calibration, LayerSpec, Needs
 from kvbench.cache.observers import Observed, decoder_stack, observing
 from kvbench.cache.specs import layer_specs
 from kvbench.cache.statistics import STATISTICS, Seen, finished, passes
+from kvbench.cache.watching import WatchingLayer
 from kvbench.errors import UserError
 
 
-class _StatisticsLayer(CacheLayerMixin):
+class _StatisticsLayer(WatchingLayer):
     """Exact attention over one prompt that gathers statistics of its states."""
 
-    is_sliding = False
-
     def __init__(self, spec: LayerSpec, observed: Observed) -> None:
-        super().__init__()
-        self.spec, self.observed, self._seen = spec, observed, 0
+        super().__init__(spec, observed)
         self.names: list[str] = []
         self.parts: dict[str, tuple[Tensor, ...]] = {}
         self.statistics: dict[str, Tensor] = {}
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(  # type: ignore[override]
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[StoredStates, StoredStates]:
-        step = StoredStates(self, key_states, value_states)  # type: ignore[arg-type]
-        self._seen += key_states.shape[2]
-        return step, step
-
     def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        step: StoredStates,
-        mask: Tensor | None,
-        **options: Any,
+        self, module: nn.Module, query: Tensor, step: StoredStates, mask: Tensor | None, **how: Any
     ) -> Tensor:
         seen = self._states(query, step.keys, step.values)
         for name in self.names:
             self.parts[name] = STATISTICS[name].folded(self.parts.get(name), seen)
-        out, _ = attention(module, query, step.keys, step.values, mask, **options)
+        out, _ = attention(module, query, step.keys, step.values, mask, **how)
         return out.transpose(1, 2)
 
     def _states(self, query: Tensor, keys: Tensor, values: Tensor) -> Seen:
@@ -82,19 +64,6 @@ class _StatisticsLayer(CacheLayerMixin):
         """End a pass."""
         self.statistics |= {name: finished(self.parts.pop(name)) for name in self.names}
 
-    def restart(self) -> None:
-        """Be ready for the next prompt; what was gathered stays."""
-        self._seen = 0
-
-    def get_seq_length(self) -> int:
-        return self._seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._seen + query_length, 0
-
 
 class _StatisticsCache(Cache):
     """A cache that only watches."""
@@ -106,9 +75,10 @@ class _StatisticsCache(Cache):
         super().__init__(layers=[_StatisticsLayer(spec, self.observed) for spec in specs])
 
     def restart(self) -> None:
+        """Be ready for the next prompt; what was gathered stays."""
         self.observed.rotary.ids = None
         for layer in self.layers:
-            layer.restart()
+            layer.length = 0
 
 
 @torch.no_grad()

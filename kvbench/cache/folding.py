@@ -1,9 +1,6 @@
-"""Value transforms folded into the projection weights, and taken out again without a trace."""
+"""Value transforms folded into the projection weights."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +11,11 @@ from kvbench.cache.quantized import BoundMethod
 from kvbench.errors import UserError
 
 
-def fold_values(bound: BoundMethod, saved: list[tuple[Tensor, Tensor]] | None = None) -> None:
+def fold_values(bound: BoundMethod) -> BoundMethod:
     """Fold every layer's value transform into W_V, its bias and W_O (AKVQ-VL, Figure 7), for good.
 
-    `saved`, where given, takes each changed parameter with its original.
+    Returns:
+        The method to make caches with from now on.
 
     Raises:
         UserError: a transform has no matrix, or the model's projections aren't separate linears.
@@ -30,34 +28,11 @@ def fold_values(bound: BoundMethod, saved: list[tuple[Tensor, Tensor]] | None = 
         matrices = transform.matrices(spec)
         if matrices is None:
             raise UserError("this method's value transform can't be folded into the weights.")
-        _fold(layer.self_attn, matrices, spec, saved)
+        _fold(layer.self_attn, matrices, spec)
+    return bound.values_folded()
 
 
-@contextmanager
-def folded_values(bound: BoundMethod) -> Iterator[BoundMethod]:
-    """Fold the value transforms into the weights for the length of a with block.
-
-    Yields the method to make caches with. On exit the weights are bit-identical to what they were:
-    the originals are kept, not computed back.
-
-    Raises:
-        UserError: a transform has no matrix, or the model's projections aren't separate linears.
-    """
-    saved: list[tuple[Tensor, Tensor]] = []
-    try:
-        fold_values(bound, saved)
-        yield bound.values_folded()
-    finally:
-        for parameter, original in saved:
-            parameter.data.copy_(original)
-
-
-def _fold(
-    module: nn.Module,
-    matrices: Tensor,
-    spec: LayerSpec,
-    saved: list[tuple[Tensor, Tensor]] | None,
-) -> None:
+def _fold(module: nn.Module, matrices: Tensor, spec: LayerSpec) -> None:
     """Replace v by v M (rows of W_V, bias) and o by o M⁻¹ (columns of W_O), head by head."""
     v_proj, o_proj = getattr(module, "v_proj", None), getattr(module, "o_proj", None)
     if not isinstance(v_proj, nn.Linear) or not isinstance(o_proj, nn.Linear):
@@ -65,16 +40,14 @@ def _fold(
     matrices = matrices.to(v_proj.weight.device)
     heads, width, groups = spec.num_kv_heads, spec.head_dim, spec.num_heads // spec.num_kv_heads
     weight = v_proj.weight.data.double().view(heads, width, -1)
-    _replace(v_proj.weight, matrices.mT @ weight, saved)
+    _replace(v_proj.weight, matrices.mT @ weight)
     if v_proj.bias is not None:
         bias = v_proj.bias.data.double().view(heads, 1, width)
-        _replace(v_proj.bias, bias @ matrices, saved)
+        _replace(v_proj.bias, bias @ matrices)
     columns = o_proj.weight.data.double().view(-1, heads, groups, width)
     inverse = torch.linalg.inv(matrices).mT
-    _replace(o_proj.weight, torch.einsum("ohgd,hde->ohge", columns, inverse), saved)
+    _replace(o_proj.weight, torch.einsum("ohgd,hde->ohge", columns, inverse))
 
 
-def _replace(parameter: Tensor, value: Tensor, saved: list[tuple[Tensor, Tensor]] | None) -> None:
-    if saved is not None:
-        saved.append((parameter, parameter.data.clone()))
+def _replace(parameter: Tensor, value: Tensor) -> None:
     parameter.data.copy_(value.reshape(parameter.shape))

@@ -24,6 +24,8 @@ from kvbench.cli.options import (
     Workers,
 )
 from kvbench.cli.progress import Terminal
+from kvbench.cli.report import print_paths
+from kvbench.defaults import REFERENCE
 
 if TYPE_CHECKING:
     from kvbench.analysis.sweeps import Sweep
@@ -65,7 +67,6 @@ def ablate(
     """Answer the tasks along sweeps over a method's fields; tables and plots with intervals."""
     from kvbench.analysis.sweeps import choose_sweeps
     from kvbench.api import evaluation_request
-    from kvbench.evaluation.choices import REFERENCE
 
     sweeps = choose_sweeps(sweep or ["paper"])
     request = evaluation_request(
@@ -98,5 +99,4 @@ def _run(sweeps: tuple[Sweep, ...], request: EvalRequest, keep_tasks: bool) -> N
         run(sweeps, request, keep_tasks, progress)
     paths = write_ablation(request.out)
     typer.echo(ablation_summary(request.out))
-    for path in paths:
-        typer.echo(str(path))
+    print_paths(paths)

@@ -9,6 +9,8 @@ import typer
 
 from kvbench.cli.options import Device, Drawn, DrawnFrom, Dtype, Models, Seed, Statistics, Unscored
 from kvbench.cli.progress import Terminal
+from kvbench.cli.report import print_paths
+from kvbench.defaults import ANALYZED, DETECTOR
 
 if TYPE_CHECKING:
     from kvbench.analysis.request import AnalysisRequest
@@ -21,10 +23,10 @@ def analyze(
     samples: Drawn = 12,
     methods: Annotated[
         str, typer.Option(help="Methods whose error is taken apart by layer.")
-    ] = "rtn_int2,rtn_int2_wht,kivi,akvq_vl",
+    ] = ANALYZED,
     detector: Annotated[
         str, typer.Option(help="Method whose pivots are held against attention.")
-    ] = "akvq_vl[pivot_layers=all]",
+    ] = DETECTOR,
     near: Annotated[
         int, typer.Option(help="Tokens before a query that are local and tell no kinds apart.")
     ] = 16,
@@ -73,5 +75,4 @@ def _run(request: AnalysisRequest) -> None:
         for folder in run(request, progress):
             paths = write_analysis(folder)
             typer.echo(analysis_summary(folder))
-            for path in paths:
-                typer.echo(str(path))
+            print_paths(paths)

@@ -10,6 +10,7 @@ import typer
 
 from kvbench.cli.options import Dtype, Methods
 from kvbench.cli.verbs import Verbs
+from kvbench.defaults import MEASURED
 
 app = typer.Typer(cls=Verbs, help="Measure kernels on this GPU.", no_args_is_help=True)
 
@@ -47,7 +48,7 @@ def tunings(
 @app.command()
 def step(
     model: Annotated[str, typer.Option(help="Name, or name=/folder.")] = "llava15_7b",
-    methods: Methods = "fp16,akvq_vl",
+    methods: Methods = MEASURED,
     batch: Annotated[int, typer.Option(help="Rows.")] = 40,
     input_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 600,
     output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 512,

@@ -9,6 +9,7 @@ import typer
 
 from kvbench.cli.options import Device, Dtype, Methods, Models, Seed
 from kvbench.cli.progress import Terminal
+from kvbench.cli.report import print_paths
 
 
 def calibrate(
@@ -43,5 +44,4 @@ def calibrate(
 
     with Terminal() as progress:
         paths = run(request, progress)
-    for path in paths:
-        typer.echo(str(path))
+    print_paths(paths)

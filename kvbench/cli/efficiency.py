@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from kvbench.cli.options import Dtype, Models, Run
-from kvbench.cli.progress import Terminal
 from kvbench.cli.report import show
-from kvbench.cli.verbs import INTERRUPTED
+from kvbench.cli.resume import has_rows, run_resumable
+from kvbench.defaults import MEASURED
 
 
 class Preset(StrEnum):
@@ -24,7 +24,7 @@ Gpu = Annotated[
     str, typer.Option(help="v100, a100_40, a100_80, h100, h200, rtx4090, or auto: this card.")
 ]
 Methods = Annotated[
-    str | None, typer.Option(help="all, or names with parameters; fp16,akvq_vl if not given.")
+    str | None, typer.Option(help=f"all, or names with parameters; {MEASURED} if not given.")
 ]
 Input = Annotated[int | None, typer.Option(help="Tokens of a prompt; 600 if not given.")]
 Output = Annotated[int | None, typer.Option(help="Tokens of an answer; 512 if not given.")]
@@ -86,7 +86,7 @@ def efficiency(
         "tolerance": tolerance,
     }
     if plan:
-        from kvbench.efficiency.run import expected
+        from kvbench.efficiency.plan import expected
 
         typer.echo(expected(*api.efficiency_request(**asked)))
     else:
@@ -95,26 +95,12 @@ def efficiency(
 
 def _run(out: Path, asked: dict[str, Any]) -> None:
     from kvbench import api
-
-    interrupted = False
-    try:
-        with Terminal() as progress:
-            api.measure_efficiency(**asked, out=out, progress=progress)
-    except KeyboardInterrupt:
-        interrupted = True
-        typer.echo(
-            f"interrupted: the rows so far are in {out}; "
-            f"the same command with --out {out} goes on from there",
-            err=True,
-        )
-    if _has_rows(out):
-        show(out, goals=asked["preset"] is not None)
-    if interrupted:
-        raise typer.Exit(INTERRUPTED)
-
-
-def _has_rows(directory: Path) -> bool:
     from kvbench.efficiency.rows import ROWS
 
-    rows = directory / ROWS
-    return rows.is_file() and rows.stat().st_size > 0
+    def tables(out: Path) -> None:
+        if has_rows(out / ROWS):  # the minutes may have been over before the first
+            show(out, goals=asked["preset"] is not None)
+
+    run_resumable(
+        out, ROWS, lambda told: api.measure_efficiency(**asked, out=out, progress=told), tables
+    )

@@ -11,6 +11,7 @@ import typer
 
 from kvbench.cli.options import Device, Dtype, Methods, Model, OneProtocol, Statistics
 from kvbench.cli.resume import run_resumable
+from kvbench.defaults import REFERENCE
 from kvbench.errors import UserError
 
 
@@ -52,7 +53,7 @@ def lm_eval(
         raise UserError("lm-eval runs one model under one protocol: name one of each")
     request = LmEvalRequest(
         tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
-        methods=choices.choose_methods(f"{choices.REFERENCE},{methods}"),
+        methods=choices.choose_methods(f"{REFERENCE},{methods}"),
         model=models[0],
         protocol=protocols[0],
         out=out or new_run(),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from kvbench.cli.progress import Terminal
+from kvbench.cli.report import print_paths
 from kvbench.cli.resume import run_resumable
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ def _show(out: Path) -> None:
     if (out / MATCHED).exists():
         paths = write_matched(out)
         typer.echo(matched_summary(out))
-        for path in paths:
-            typer.echo(str(path))
+        print_paths(paths)
 
 
 def _nothing(out: Path) -> None:

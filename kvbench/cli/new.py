@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvbench.cli.report import print_paths
 from kvbench.cli.verbs import Verbs
 
 app = typer.Typer(cls=Verbs, help="Write files to begin with.", no_args_is_help=True)
@@ -32,8 +33,7 @@ def method(
 
     skeleton = method_skeleton(name, folder, package)
     skeleton.write()
-    for path in skeleton.files:
-        typer.echo(str(path))
+    print_paths(skeleton.files)
     typer.echo("\nIt stores 4-bit numbers behind a window of exact tokens. Run it, then edit it:\n")
     for command in skeleton.commands:
         typer.echo(f"  {command}")

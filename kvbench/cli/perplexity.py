@@ -9,6 +9,7 @@ import typer
 from kvbench.cli.matching import run_match
 from kvbench.cli.options import Device, Dtype, Methods, Model, Run
 from kvbench.cli.resume import run_resumable
+from kvbench.defaults import REFERENCE
 from kvbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def perplexity(
     if len(models) != 1:
         raise UserError(f"--model {model} names {len(models)} models: name one")
     request = PerplexityRequest(
-        methods=choices.choose_methods(methods if bits else f"{choices.REFERENCE},{methods}"),
+        methods=choices.choose_methods(methods if bits else f"{REFERENCE},{methods}"),
         model=models[0],
         protocols=choices.choose_protocols(protocol),
         out=out or new_run(),

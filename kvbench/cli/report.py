@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,11 @@ def show(directory: Path, goals: bool = False) -> None:
         show_perplexity(directory)
     if "lm_eval.md" in written:
         show_lm_eval(directory)
+    print_paths(paths)
+
+
+def print_paths(paths: Iterable[Path]) -> None:
+    """Say where tables and figures are."""
     for path in paths:
         typer.echo(str(path))
 

@@ -35,7 +35,12 @@ def run_resumable(
             f"the same command with --out {out} goes on from there",
             err=True,
         )
-        if (out / rows).is_file() and (out / rows).stat().st_size > 0:
+        if has_rows(out / rows):
             show(out)
         raise typer.Exit(INTERRUPTED) from None
     show(out)
+
+
+def has_rows(path: Path) -> bool:
+    """Whether a run has appended anything to its file."""
+    return path.is_file() and path.stat().st_size > 0

@@ -10,6 +10,8 @@ import typer
 
 from kvbench.cli.options import Device, Drawn, DrawnFrom, Dtype, Models, OneProtocol, Seed, Unscored
 from kvbench.cli.progress import Terminal
+from kvbench.cli.report import print_paths
+from kvbench.defaults import TUNED
 
 if TYPE_CHECKING:
     from kvbench.tuning.request import TuneRequest
@@ -34,7 +36,7 @@ Bytes = Annotated[
 def tune(
     method: Annotated[
         str, typer.Option(help="A method with choices for each layer: kvtuner[scheme=kivi].")
-    ] = "kvtuner",
+    ] = TUNED,
     models: Models = "smol_llava",
     bits: Bits = None,
     nbytes: Bytes = None,
@@ -92,5 +94,4 @@ def _run(request: TuneRequest) -> None:
         for folder in run(request, progress):
             paths = write_tuning(folder)
             typer.echo(tuning_summary(folder))
-            for path in paths:
-                typer.echo(str(path))
+            print_paths(paths)

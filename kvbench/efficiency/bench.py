@@ -136,11 +136,11 @@ def graphed(work: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def milliseconds(work: Callable[[], object], budget: int = 40) -> float:
-    """Median time with a cold L2; budget: milliseconds to spend on repeats."""
+def milliseconds(work: Callable[[], object]) -> float:
+    """Median time with a cold L2."""
     from triton.testing import do_bench
 
-    return float(do_bench(work, warmup=10, rep=budget, return_mode="median"))
+    return float(do_bench(work, warmup=10, rep=40, return_mode="median"))
 
 
 def in_turns(works: dict[Key, Callable[[], object]], turns: int = 3) -> dict[Key, float]:

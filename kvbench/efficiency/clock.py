@@ -33,13 +33,26 @@ class Clock:
         event.record()
         self._marks.append(event)
 
-    def since_start(self) -> float:
-        """Seconds, once the device is done."""
-        self._synchronize()
-        return time.perf_counter() - self._began
+    def times(self, prompts: int) -> dict[str, Any]:
+        """A result's times in seconds, by name, once the device is done.
 
-    def between(self) -> list[float]:
-        """Seconds from each mark to the next; the first is the start; the device must be done."""
+        Args:
+            prompts: How many of the marks end a micro-batch of prompts; the others end steps.
+        """
+        self._synchronize()
+        total, spent = time.perf_counter() - self._began, self._between()
+        prefill = sum(spent[:prompts])
+        return {
+            "ttft_s": prefill,
+            "ttft_first_s": spent[0],
+            "prefill_s": prefill,
+            "decode_s": total - prefill,
+            "total_s": total,
+            "tpot_s": tuple(spent[prompts:]),
+        }
+
+    def _between(self) -> list[float]:
+        """Seconds from each mark to the next; the first is the start."""
         pairs = zip(self._marks, self._marks[1:], strict=False)
         if self._device.type == "cuda":
             return [start.elapsed_time(end) / 1e3 for start, end in pairs]

@@ -19,6 +19,9 @@ from kvbench.kernels.decoder_ops import add_rms_norm, rope, silu_mul
 LLAMA_SHAPED = ("llama", "mistral", "qwen2")
 """Model types of transformers whose decoder layer is: norm, q k v, rotary, o, norm, SwiGLU."""
 
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines (T, D) of every token's place."""
+
 
 class FusedDecoder:
     """The decoder stack of a model, for prompts and for steps on a static cache.
@@ -31,7 +34,7 @@ class FusedDecoder:
         """Fuse the weights in place."""
         self._stack = decoder_stack(model)
         self._head = model.get_output_embeddings()
-        self._layers = [_FusedLayer(layer) for layer in self._stack.layers]
+        self._layers = [_FusedLayer(*each) for each in enumerate(self._stack.layers)]
 
     def step(self, tokens: Tensor, cache: StaticCache) -> Tensor:
         """(B,) int64 token ids to logits (B, vocabulary)."""
@@ -40,8 +43,8 @@ class FusedDecoder:
         places = cache.tokens[:, None].long()
         cos, sin = (x[:, 0] for x in self._stack.rotary_emb(hidden[:, None], places))
         residual: Tensor | None = None
-        for index, layer in enumerate(self._layers):
-            hidden, residual = layer.step(hidden, residual, cos, sin, index, cache)
+        for layer in self._layers:
+            hidden, residual = layer.step(hidden, residual, (cos, sin), cache)
         normed, _ = _norm(self._stack.norm, hidden, residual)
         cache.end()
         return self._logits(normed)
@@ -54,8 +57,8 @@ class FusedDecoder:
         cos, sin = (x.expand(rows, -1, -1).reshape(rows * new, -1) for x in (cos, sin))
         hidden = embeddings.reshape(rows * new, width)
         residual: Tensor | None = None
-        for index, layer in enumerate(self._layers):
-            hidden, residual = layer.prefill(hidden, residual, cos, sin, index, prompts)
+        for layer in self._layers:
+            hidden, residual = layer.prefill(hidden, residual, (cos, sin), prompts)
         last = slice(new - 1, None, new)
         stream = None if residual is None else residual[last]
         normed, _ = _norm(self._stack.norm, hidden[last], stream)
@@ -69,7 +72,8 @@ class FusedDecoder:
 class _FusedLayer:
     """One decoder layer, on (T, hidden) tokens."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, index: int, layer: Any) -> None:
+        self._index = index
         attention, mlp = layer.self_attn, layer.mlp
         self._attention = attention
         self._norms = layer.input_layernorm, layer.post_attention_layernorm
@@ -78,62 +82,44 @@ class _FusedLayer:
         self._out, self._down = attention.o_proj, mlp.down_proj
 
     def step(
-        self,
-        hidden: Tensor,
-        residual: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        index: int,
-        cache: StaticCache,
+        self, hidden: Tensor, residual: Tensor | None, angles: Angles, cache: StaticCache
     ) -> tuple[Tensor, Tensor]:
         """One token a row: what comes out and the residual stream it is to be added to."""
         normed, residual = _norm(self._norms[0], hidden, residual)
-        layer = cache.layers[index]
+        layer = cache.layers[self._index]
         transform, spec = layer.key_transform, layer.spec
         rotate = isinstance(transform, Rotate) and transform.is_sylvester
         query, keys, values = rope(
-            linear(normed, *self._qkv), cos, sin, spec.num_heads, spec.num_kv_heads, rotate
+            linear(normed, *self._qkv), *angles, spec.num_heads, spec.num_kv_heads, rotate
         )
         if not rotate and type(transform) is not Transform:
             keys = transform.store(keys[:, :, None])[:, :, 0]
             query = transform.attend(query[:, :, None])[:, :, 0]
-        cache.append(index, keys, values)
-        out = cache.attend(index, query, self._attention.scaling)
-        cache.settle(index)
+        cache.append(self._index, keys, values)
+        out = cache.attend(self._index, query, self._attention.scaling)
+        cache.settle(self._index)
         return self._rest(out.flatten(1), residual)
 
     def prefill(
-        self,
-        hidden: Tensor,
-        residual: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        index: int,
-        prompts: StaticPrompts,
+        self, hidden: Tensor, residual: Tensor | None, angles: Angles, prompts: StaticPrompts
     ) -> tuple[Tensor, Tensor]:
         """Whole prompts, one row's tokens after another's."""
         normed, residual = _norm(self._norms[0], hidden, residual)
         qkv = linear(normed, *self._qkv)
         del normed, hidden
         stream = residual.view(prompts.count, -1, residual.shape[-1])
-        return self._rest(self._attend_prompts(qkv, cos, sin, stream, index, prompts), residual)
+        return self._rest(self._attend_prompts(qkv, angles, stream, prompts), residual)
 
     def _attend_prompts(
-        self,
-        qkv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        stream: Tensor,
-        index: int,
-        prompts: StaticPrompts,
+        self, qkv: Tensor, angles: Angles, stream: Tensor, prompts: StaticPrompts
     ) -> Tensor:
         """(T, Hq · D). A function of its own, so that states are gone before the MLP runs."""
-        spec = prompts.spec(index)
+        spec = prompts.spec(self._index)
         query, keys, values = (
             x.unflatten(0, (prompts.count, -1)).transpose(1, 2)
-            for x in rope(qkv, cos, sin, spec.num_heads, spec.num_kv_heads, False)
+            for x in rope(qkv, *angles, spec.num_heads, spec.num_kv_heads, False)
         )
-        out = prompts.attend(index, self._attention, query, keys, values, stream)
+        out = prompts.attend(self._index, self._attention, query, keys, values, stream)
         return out.transpose(1, 2).reshape(len(qkv), -1)
 
     def _rest(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,8 +79,7 @@ class StaticEngine:
 
     def __init__(self, model: PreTrainedModel, bound: BoundMethod, workload: Workload) -> None:
         """Change the model's weights for good, allocate everything and capture the step."""
-        fold_values(bound)
-        self._model, self._bound = model, bound.values_folded()
+        self._model, self._bound = model, fold_values(bound)
         self._decoder = FusedDecoder(model)
         device = model.device
         self.cache = StaticCache(self._bound, workload, model.dtype, device)

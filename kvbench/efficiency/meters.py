@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 _INTERVAL = 0.01  # seconds; a prefill's allocations live longer
@@ -66,12 +65,7 @@ class DriverMeter:
             self._ticked.wait(_PATIENCE)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Sample once more and end."""
         self._stop.set()
         self._thread.join()

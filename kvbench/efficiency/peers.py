@@ -14,13 +14,12 @@ from kvbench.cache.foreign import ForeignCache
 from kvbench.cache.specs import layer_specs
 from kvbench.efficiency.clock import Clock
 from kvbench.efficiency.prompts import micro_batches
-from kvbench.efficiency.request import TrialRequest, TrialResult
-from kvbench.efficiency.shapes import model_shape
+from kvbench.efficiency.request import PROBE_STEPS, TrialRequest, TrialResult
+from kvbench.efficiency.shapes import weights_of
 from kvbench.efficiency.workload import Workload
 from kvbench.errors import UserError
 
 PATH = "generate"
-_PROBE_STEPS = 3
 _PIECE = 64  # tokens that a probe adds at once: no more than a cache takes in before it packs them
 
 
@@ -34,7 +33,7 @@ def run_generate(request: TrialRequest, model: PreTrainedModel, method: object) 
     if not isinstance(method, ForeignCache):
         raise UserError(f"{request.method} is no peer: run it with kvbench's engine.")
     workload = request.workload
-    (inputs,) = micro_batches(model, workload, workload.batch, request.seed)
+    ((_, inputs),) = micro_batches(model, workload, workload.batch, request.seed)
     cache = method.cache(model, request.protocol)
     if request.probe:
         _probe(model, inputs, cache, workload)
@@ -43,20 +42,10 @@ def run_generate(request: TrialRequest, model: PreTrainedModel, method: object) 
     _generate(model, inputs, method.cache(model, request.protocol), 2, Clock(model.device))
     clock = Clock(model.device)
     _generate(model, inputs, cache, workload.output_tokens, clock)
-    total = clock.since_start()
-    first, *steps = clock.between()
+    times = clock.times(prompts=1)
     stored = method.nbytes(cache)
     return TrialResult(
-        "ok",
-        path=PATH,
-        cache_bytes=stored,
-        ttft_s=first,
-        ttft_first_s=first,
-        tpot_s=tuple(steps),
-        prefill_s=first,
-        decode_s=total - first,
-        total_s=total,
-        **_work(model, workload, stored),
+        "ok", path=PATH, cache_bytes=stored, **times, **_work(model, workload, stored)
     )
 
 
@@ -92,7 +81,7 @@ def _probe(model: Any, inputs: Mapping[str, Tensor], cache: Any, workload: Workl
     _generate(model, inputs, cache, 1, Clock(model.device))
     batch, held = inputs["input_ids"].shape
     missing = workload.cached_tokens - held
-    steps = min(_PROBE_STEPS, missing)
+    steps = min(PROBE_STEPS, missing)
     for start in range(0, missing - steps, _PIECE):
         for spec in layer_specs(model.config):
             tokens = min(_PIECE, missing - steps - start)
@@ -110,12 +99,12 @@ def _work(model: PreTrainedModel, workload: Workload, stored: int) -> dict[str, 
 
     A full cache of `stored` bytes is taken to have grown evenly.
     """
-    shape = model_shape(model)
+    weights = weights_of(model)
     lengths = workload.input_tokens + 1 + workload.cached_tokens
     cache = stored * lengths / 2 / workload.cached_tokens
     known = {
-        "weight_bytes": shape.language_bytes,
-        "vision_bytes": shape.vision_bytes,
+        "weight_bytes": weights.language_bytes,
+        "vision_bytes": weights.vision_bytes,
         "workspace_bytes": 0,
     }
     if model.device.type == "cuda":
@@ -123,6 +112,6 @@ def _work(model: PreTrainedModel, workload: Workload, stored: int) -> dict[str, 
         known["activation_bytes"] = max(rest, 0)
     return {
         **known,
-        "bytes_per_step": shape.linear_bytes + cache,
-        "flops_per_step": 2.0 * shape.linear_parameters * workload.batch,
+        "bytes_per_step": weights.linear_bytes + cache,
+        "flops_per_step": 2.0 * weights.linear_parameters * workload.batch,
     }

@@ -11,15 +11,18 @@ from tabulate import tabulate
 from transformers import PreTrainedModel
 
 from kvbench.efficiency.capacity import Capacity, Footprint, capacity
-from kvbench.efficiency.profiles import GPUProfile
+from kvbench.efficiency.profiles import PROFILES, GPUProfile
 from kvbench.efficiency.request import TrialResult
 from kvbench.efficiency.rows import EfficiencyRow, Setting, make_row
+from kvbench.efficiency.scenario import Conditions, Scenario, setting
 from kvbench.efficiency.shapes import empty_model
 from kvbench.efficiency.workload import Workload
 from kvbench.models.architectures import configuration
+from kvbench.models.find import find_model
 from kvbench.models.zoo import ModelEntry
 
 _GIB = 1 << 30
+_PLANNED = (1, 8, 64)
 BOUND = "modelled: memory from shapes; times are lower bounds from the card's data sheet"
 
 
@@ -44,6 +47,26 @@ def model_capacity(entry: ModelEntry, method: str, dtype: str = "float16") -> Ca
         UserError: The model's shapes are not known, or the method can't be modelled on it.
     """
     return capacity(_empty(entry, dtype), method, text_salient_layers=entry.tsa_layers)
+
+
+def expected(scenarios: Sequence[Scenario], conditions: Conditions) -> str:
+    """The capacity model's table for the scenarios: peaks at their batches, and largest batches.
+
+    Raises:
+        UserError: A scenario can't be run, or no model is known for its cache.
+    """
+    asked_for = conditions.target.profile
+    cards = {card.name: card for card in (asked_for, *PROFILES.values())}.values()
+    batches = sorted({each.batch for each in scenarios if each.batch is not None}) or _PLANNED
+    lines: list[PlanLine] = []
+    for scenario in scenarios:
+        asked = setting(scenario, conditions)
+        model = model_capacity(find_model(scenario.model), asked.method, asked.dtype)
+        one = asked.workload()
+        line = plan_line(asked.model, asked.method, model, one, asked.prefill_rows, batches, cards)
+        if line not in lines:
+            lines.append(line)
+    return plan_table(lines)
 
 
 def plan_line(
@@ -85,7 +108,7 @@ def plan_table(lines: Iterable[PlanLine]) -> str:
 
 
 def modelled_row(
-    setting: Setting,
+    asked: Setting,
     model: Capacity,
     card: GPUProfile,
     *,
@@ -97,17 +120,17 @@ def modelled_row(
 
     Its times are `step_bound` and `prefill_bound`; they are no measurements, and `detail` says so.
     """
-    one = Workload(setting.input_tokens, setting.vision_tokens, setting.output_tokens)
-    limit = setting.memory_limit or card.memory
-    largest = model.largest_batch(one, limit, setting.prefill_rows)
-    batch = largest if setting.fixed_batch is None else setting.fixed_batch
+    one = asked.workload()
+    limit = asked.memory_limit or card.memory
+    largest = model.largest_batch(one, limit, asked.prefill_rows)
+    batch = largest if asked.fixed_batch is None else asked.fixed_batch
     fits = 0 < batch <= largest
     workload = replace(one, batch=max(batch, 1))
     return make_row(
-        setting,
-        _modelled(model, workload, setting.prefill_rows, card, fits),
+        asked,
+        _modelled(model, workload, asked.prefill_rows, card, fits),
         batch=batch if fits else 0,
-        out_of_memory_at=largest + 1 if setting.fixed_batch is None or not fits else None,
+        out_of_memory_at=largest + 1 if asked.fixed_batch is None or not fits else None,
         tries=0,
         machine=machine,
         command=command,

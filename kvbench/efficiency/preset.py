@@ -8,15 +8,14 @@ from typing import Literal
 
 from tabulate import tabulate
 
+from kvbench.defaults import PLAIN, QUANTO, REFERENCE, REPRODUCED
 from kvbench.efficiency.plan import model_capacity
 from kvbench.efficiency.rows import EfficiencyRow
 from kvbench.efficiency.scenario import Scenario
-from kvbench.efficiency.workload import Workload
 from kvbench.errors import UserError
 from kvbench.registry import MODELS
 
-MODEL, GPU = "llava15_7b", "v100"
-_OURS, _FP16, _PLAIN, _QUANTO = "akvq_vl", "fp16", "hf_dynamic", "hf_quanto_int2"
+MODEL = "llava15_7b"
 _SHORT, _LONG, _ANSWER = 600, 4000, 512
 _EQUAL, _PEERS = 40, 80
 """Equal batches: the paper's fp16 batch, and one that transformers' quanto cache can hold."""
@@ -29,16 +28,16 @@ def paper_scenarios(model: str = MODEL) -> list[Scenario]:
         return Scenario(model, method, tokens, _ANSWER, batch=batch)
 
     return [
-        scenario(_FP16),
-        scenario(_OURS),
-        scenario(_OURS, batch=_EQUAL),
-        scenario(_FP16, batch=_EQUAL),
-        scenario(_PLAIN, batch=_EQUAL),
-        scenario(_FP16, _LONG),
-        scenario(_OURS, _LONG),
-        scenario(_PLAIN),
-        scenario(_OURS, batch=_PEERS),
-        scenario(_QUANTO, batch=_PEERS),
+        scenario(REFERENCE),
+        scenario(REPRODUCED),
+        scenario(REPRODUCED, batch=_EQUAL),
+        scenario(REFERENCE, batch=_EQUAL),
+        scenario(PLAIN, batch=_EQUAL),
+        scenario(REFERENCE, _LONG),
+        scenario(REPRODUCED, _LONG),
+        scenario(PLAIN),
+        scenario(REPRODUCED, batch=_PEERS),
+        scenario(QUANTO, batch=_PEERS),
     ]
 
 
@@ -63,7 +62,7 @@ class Rows:
         self,
         figure: str,
         over: str,
-        method: str = _OURS,
+        method: str = REPRODUCED,
         tokens: int = _SHORT,
         batch: int | None = None,
     ) -> float | None:
@@ -73,12 +72,12 @@ class Rows:
 
     def at_floors(self, tokens: int = _SHORT) -> float | None:
         """akvq_vl's throughput over fp16's with prompts as measured and steps at their floors."""
-        rates = [_at_floor(self.get(method, tokens)) for method in (_OURS, _FP16)]
+        rates = [_at_floor(self.get(method, tokens)) for method in (REPRODUCED, REFERENCE)]
         return rates[0] / rates[1] if rates[0] and rates[1] else None
 
     def kept(self) -> float | None:
         """Cache and workspace at equal batch, fp16 over akvq_vl."""
-        pair = [self.get(method, batch=_EQUAL) for method in (_FP16, _OURS)]
+        pair = [self.get(method, batch=_EQUAL) for method in (REFERENCE, REPRODUCED)]
         sizes = [row and sum(filter(None, (row.cache_bytes, row.workspace_bytes))) for row in pair]
         return sizes[0] / sizes[1] if sizes[0] and sizes[1] else None
 
@@ -124,31 +123,31 @@ _TIMES: Literal["×"] = "×"  # noqa: RUF001
 _BOUND = "the same if decode steps of both were at their floors"
 GOALS: tuple[Goal, ...] = (
     Goal(f"largest batch, {_SHORT} in, {_ANSWER} out: akvq_vl over fp16", _TIMES, 3.25, 3.6,
-         lambda rows: rows.ratio("batch", _FP16)),
+         lambda rows: rows.ratio("batch", REFERENCE)),
     Goal("throughput there: akvq_vl over fp16", _TIMES, 2.2, 2.6,
-         lambda rows: rows.ratio("throughput", _FP16)),
+         lambda rows: rows.ratio("throughput", REFERENCE)),
     Goal(_BOUND, _TIMES, None, None, lambda rows: rows.at_floors()),
     Goal("the same of decode steps alone, without prompts", _TIMES, 2.2, 2.6,
-         lambda rows: rows.ratio("decode_throughput", _FP16)),
+         lambda rows: rows.ratio("decode_throughput", REFERENCE)),
     Goal("throughput there: akvq_vl over plain generate", _TIMES, 6, 12,
-         lambda rows: rows.ratio("throughput", _PLAIN)),
+         lambda rows: rows.ratio("throughput", PLAIN)),
     Goal("decode step over its floor there: fp16", _TIMES, 1.35, 1.15,
-         lambda rows: _figure(rows.get(_FP16), "over_floor"), below=True),
+         lambda rows: _figure(rows.get(REFERENCE), "over_floor"), below=True),
     Goal("decode step over its floor there: akvq_vl", _TIMES, 1.35, 1.15,
-         lambda rows: _figure(rows.get(_OURS), "over_floor"), below=True),
+         lambda rows: _figure(rows.get(REPRODUCED), "over_floor"), below=True),
     Goal(f"throughput at batch {_EQUAL}: fp16 over plain generate", _TIMES, 3, 6,
-         lambda rows: rows.ratio("throughput", _PLAIN, _FP16, batch=_EQUAL)),
+         lambda rows: rows.ratio("throughput", PLAIN, REFERENCE, batch=_EQUAL)),
     Goal(f"cache and workspace at batch {_EQUAL}: fp16 over akvq_vl", _TIMES, 3.2, 3.7,
          lambda rows: rows.kept()),
     Goal(f"largest batch, {_LONG} in, {_ANSWER} out: akvq_vl over fp16", _TIMES, 5, 5.6,
-         lambda rows: rows.ratio("batch", _FP16, tokens=_LONG)),
+         lambda rows: rows.ratio("batch", REFERENCE, tokens=_LONG)),
     Goal("throughput there: akvq_vl over fp16", _TIMES, 3.8, 4.8,
-         lambda rows: rows.ratio("throughput", _FP16, tokens=_LONG)),
+         lambda rows: rows.ratio("throughput", REFERENCE, tokens=_LONG)),
     Goal(_BOUND, _TIMES, None, None, lambda rows: rows.at_floors(_LONG)),
     Goal("the same of decode steps alone, without prompts", _TIMES, 3.8, 4.8,
-         lambda rows: rows.ratio("decode_throughput", _FP16, tokens=_LONG)),
+         lambda rows: rows.ratio("decode_throughput", REFERENCE, tokens=_LONG)),
     Goal(f"throughput at batch {_PEERS}: akvq_vl over quanto's 2-bit cache", _TIMES, 5, 10,
-         lambda rows: rows.ratio("throughput", _QUANTO, batch=_PEERS)),
+         lambda rows: rows.ratio("throughput", QUANTO, batch=_PEERS)),
     Goal("largest error of the capacity model's peak", "%", 5, None,
          lambda rows: rows.worst_model(), below=True),
 )  # fmt: skip
@@ -196,12 +195,11 @@ def _error(row: EfficiencyRow) -> float | None:
     Of plain `generate` the allocator's figure counts: the driver's has all that growing caches
     left behind, up to the limit.
     """
-    workload = Workload(row.input_tokens, row.vision_tokens, row.output_tokens, row.batch)
     try:
         model = model_capacity(MODELS.get(row.model), row.method, row.dtype)
     except UserError:
         return None
-    peak = model.footprint(workload, row.prefill_rows)
+    peak = model.footprint(row.workload(row.batch), row.prefill_rows)
     generate = row.runner == "generate"
     expected, found = (peak.allocated, row.peak_torch) if generate else (peak.total, row.peak_nvml)
     return 100 * abs(expected / found - 1) if found else None

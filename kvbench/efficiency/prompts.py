@@ -13,18 +13,21 @@ from kvbench.cache.observers import image_token_ids
 from kvbench.efficiency.workload import Workload
 from kvbench.errors import UserError
 
+_TEXT_TOKENS = 24
+"""Of a prompt's tokens, kept from its images."""
+
 
 def micro_batches(
     model: PreTrainedModel, workload: Workload, rows: int, seed: int
-) -> Iterator[dict[str, Tensor]]:
-    """Keyword arguments of the model's forward for at most `rows` prompts at a time.
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The first row, and keyword arguments of the model's forward, of at most `rows` prompts.
 
     Raises:
         UserError: the vision tokens aren't whole images of this model, or it takes no images.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     for start in range(0, workload.batch, rows):
-        yield _prompts(model, workload, min(rows, workload.batch - start), generator)
+        yield start, _prompts(model, workload, min(rows, workload.batch - start), generator)
 
 
 def embedded(model: PreTrainedModel, prompts: Mapping[str, Tensor]) -> Tensor:
@@ -60,10 +63,10 @@ def tokens_per_image(config: Any) -> int:
     return 576  # dynamic resolution: as many as LLaVA's, by choice
 
 
-def whole_images(config: Any, input_tokens: int, text_tokens: int = 24) -> int:
-    """The most vision tokens of whole images that leave room for `text_tokens` of text."""
+def whole_images(config: Any, input_tokens: int) -> int:
+    """The most vision tokens of whole images that leave room for some text."""
     each = tokens_per_image(config)
-    return max(input_tokens - text_tokens, 0) // each * each if each else 0
+    return max(input_tokens - _TEXT_TOKENS, 0) // each * each if each else 0
 
 
 def _prompts(

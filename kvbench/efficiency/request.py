@@ -13,6 +13,8 @@ from kvbench.efficiency.workload import Workload
 
 Runner = Literal["engine", "generate"]
 Status = Literal["ok", "oom", "failed", "timeout"]
+PROBE_STEPS = 3
+"""Decode steps that show how much memory all of them take."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from kvbench.cache.contract import Protocols
 from kvbench.efficiency.request import Runner, TrialResult
+from kvbench.efficiency.workload import Workload
 from kvbench.evaluation.lines import Kind
 from kvbench.evaluation.typed import check_types, fields_of, to_line
 
@@ -62,6 +63,10 @@ class Setting:
     def searched(self) -> bool:
         """Whether the batch is the largest that completes."""
         return self.fixed_batch is None
+
+    def workload(self, batch: int = 1) -> Workload:
+        """This setting's tokens in so many rows."""
+        return Workload(self.input_tokens, self.vision_tokens, self.output_tokens, batch)
 
     def row_key(self) -> str:
         """SHA-256 (hex) over all fields."""

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from kvbench.efficiency.isolate import run_isolated
 from kvbench.efficiency.meters import RESERVE
-from kvbench.efficiency.plan import PlanLine, model_capacity, modelled_row, plan_line, plan_table
-from kvbench.efficiency.profiles import PROFILES
+from kvbench.efficiency.plan import model_capacity, modelled_row
 from kvbench.efficiency.request import TrialRequest, TrialResult
 from kvbench.efficiency.rows import (
     ROW_KIND,
@@ -29,7 +28,6 @@ from kvbench.efficiency.rows import (
 )
 from kvbench.efficiency.scenario import Conditions, Scenario, setting
 from kvbench.efficiency.search import completed, largest_batch
-from kvbench.efficiency.workload import Workload
 from kvbench.errors import UserError
 from kvbench.evaluation.environment import environment
 from kvbench.evaluation.lines import Lines
@@ -39,27 +37,6 @@ from kvbench.models.find import find_model
 
 RunTrial = Callable[[TrialRequest, float, Path], TrialResult]
 _GIB = 1 << 30
-_PLANNED = (1, 8, 64)
-
-
-def expected(scenarios: Sequence[Scenario], conditions: Conditions) -> str:
-    """The capacity model's table for the scenarios: peaks at their batches, and largest batches.
-
-    Raises:
-        UserError: A scenario can't be run, or no model is known for its cache.
-    """
-    asked_for = conditions.target.profile
-    cards = {card.name: card for card in (asked_for, *PROFILES.values())}.values()
-    batches = sorted({each.batch for each in scenarios if each.batch is not None}) or _PLANNED
-    lines: list[PlanLine] = []
-    for scenario in scenarios:
-        asked = setting(scenario, conditions)
-        model = model_capacity(find_model(scenario.model), asked.method, asked.dtype)
-        one = _workload(asked, 1)
-        line = plan_line(asked.model, asked.method, model, one, asked.prefill_rows, batches, cards)
-        if line not in lines:
-            lines.append(line)
-    return plan_table(lines)
 
 
 class TimeIsUp(Exception):
@@ -186,7 +163,7 @@ class Bench:
             model = model_capacity(find_model(scenario.model), asked.method, asked.dtype)
         except UserError:
             return None  # not every cache has a model; doubling finds the batch as well
-        guess = model.largest_batch(_workload(asked, 1), limit, asked.prefill_rows)
+        guess = model.largest_batch(asked.workload(), limit, asked.prefill_rows)
         self._progress.note(f"the capacity model expects {guess} rows")
         return guess or None
 
@@ -194,7 +171,7 @@ class Bench:
         request = TrialRequest(
             scenario.model,
             asked.method,
-            _workload(asked, batch),
+            asked.workload(batch),
             asked.runner,
             asked.protocol,
             dtype=asked.dtype,
@@ -228,10 +205,6 @@ class Bench:
         if result.status == "timeout" and left < limit:
             raise TimeIsUp  # it might have ended in the time that every try has
         return result, time.monotonic() - began
-
-
-def _workload(asked: Setting, batch: int) -> Workload:
-    return Workload(asked.input_tokens, asked.vision_tokens, asked.output_tokens, batch)
 
 
 def _signature() -> dict[str, str]:

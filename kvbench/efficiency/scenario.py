@@ -37,7 +37,7 @@ _PACKAGES = ("torch", "transformers", "triton", "optimum-quanto")
 _MEASURED = ("cache", "efficiency", "kernels", "methods", "models")
 _AROUND = {
     *("bench", "capacity", "isolate", "plan", "preset", "profiles", "rows", "run", "scenario"),
-    *("search", "span_sweep", "step_profile", "sweep"),
+    *("search", "span_sweep", "step_profile"),
 }
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvbench.cache.observers import decoder_stack
 from kvbench.cache.specs import layer_specs
 from kvbench.errors import UserError
 
@@ -54,8 +57,8 @@ class TowerShape:
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """Bytes of a model's parts and widths of its layers."""
+class Weights:
+    """Bytes of a model's parts."""
 
     language_bytes: int
     """Decoder, embeddings and head, buffers included."""
@@ -64,13 +67,19 @@ class ModelShape:
     linear_parameters: int
     """Numbers in the language model's matrices: what a token is multiplied with."""
     itemsize: int
-    decoder: DecoderShape
-    tower: TowerShape | None
 
     @property
     def linear_bytes(self) -> int:
         """Bytes of weights that a decode step reads; of the embeddings it reads a row a token."""
         return self.linear_parameters * self.itemsize
+
+
+@dataclass(frozen=True)
+class ModelShape(Weights):
+    """Bytes of a model's parts and widths of its layers."""
+
+    decoder: DecoderShape
+    tower: TowerShape | None
 
 
 def empty_model(config: Any, dtype: str = "float16") -> PreTrainedModel:
@@ -99,27 +108,30 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         UserError: its layers can't be cached, or its vision tower is of an unknown form.
     """
     config = model.config
-    text = not hasattr(config, "vision_config")
-    parts = [*model.named_parameters(), *model.named_buffers()]
-    language = [tensor for name, tensor in parts if text or _is_language(name)]
-    vision = [tensor for name, tensor in parts if not (text or _is_language(name))]
-    matrices = {
-        id(module.weight): module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and (text or _is_language(name))
-    }
-    return ModelShape(
-        language_bytes=sum(tensor.nbytes for tensor in language),
-        vision_bytes=sum(tensor.nbytes for tensor in vision),
-        linear_parameters=sum(matrices.values()),
+    tower = _tower(config) if hasattr(config, "vision_config") else None
+    return ModelShape(**vars(weights_of(model)), decoder=_decoder(config), tower=tower)
+
+
+def weights_of(model: PreTrainedModel) -> Weights:
+    """Bytes of a model's parts; weights that several modules share count once."""
+    stack, head = decoder_stack(model), model.get_output_embeddings()
+    parts = {id(tensor): tensor for part in (stack, head) for tensor in _tensors(part)}
+    language = _nbytes(parts.values())
+    linear = [module for module in stack.layers.modules() if isinstance(module, nn.Linear)]
+    return Weights(
+        language_bytes=language,
+        vision_bytes=_nbytes(_tensors(model)) - language,
+        linear_parameters=sum(module.weight.numel() for module in (*linear, head)),
         itemsize=model.dtype.itemsize,
-        decoder=_decoder(config),
-        tower=None if text else _tower(config),
     )
 
 
-def _is_language(name: str) -> bool:
-    return "language_model" in name or name.startswith("lm_head")
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _decoder(config: Any) -> DecoderShape:

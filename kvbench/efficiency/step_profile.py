@@ -99,18 +99,15 @@ def profile_step(request: TrialRequest, steps: int = 8) -> list[Profile]:
     engine = make_engine(model, bound, request.workload)
     if not isinstance(engine, StaticEngine):
         raise UserError(f"{request.method} has no static engine to profile ({engine.path}).")
-    prompts = list(micro_batches(model, request.workload, request.prefill_rows, request.seed))
-    engine.prefill(0, prompts[0])  # compiles
+    (_, first), *others = micro_batches(model, request.workload, request.prefill_rows, request.seed)
+    engine.prefill(0, first)  # compiles
     engine.forget()
-    first = len(prompts[0]["input_ids"])
-    prompt = _profiled(f"{first} prompts", lambda: engine.prefill(0, prompts[0]), 1)
-    done = first
-    for some in prompts[1:]:
-        engine.prefill(done, some)
-        done += len(some["input_ids"])
+    prompt = _profiled(f"{len(first['input_ids'])} prompts", lambda: engine.prefill(0, first), 1)
+    for first_row, some in others:
+        engine.prefill(first_row, some)
     for _ in range(max(request.workload.output_tokens // 2 - steps, 0)):
         engine.decode()
-    title = f"a decode step of {done} rows"
+    title = f"a decode step of {request.workload.batch} rows"
     return [prompt, _profiled(title, engine.decode, steps)]
 
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from kvbench.models.zoo import ModelEntry
 
 _SUITE = "milebench"
-REFERENCE = "fp16"
-"""The method that all others are held against."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rich.progress import track
 from torch import Tensor
 
 from kvbench.cache import QuantizedCache, cache_argument
+from kvbench.defaults import REFERENCE
 from kvbench.errors import UserError
 from kvbench.evaluation.calibration import calibrated, kept_statistics, statistics_for
 from kvbench.evaluation.choices import choose_methods
@@ -46,26 +47,42 @@ _Parent: Any = object  # stands for the class of lm-eval that comes next
 class _FromCache(_Parent):  # type: ignore[misc]
     """Answers requests from a method's cache, one at a time; goes before a class of lm-eval.
 
-    Before lm-eval's constructor runs, `_prepare` must have been called.
+    Args:
+        pretrained: Alias, `alias=/folder` or a folder, as `kvbench eval --models` takes them; or a
+            model that is loaded already, to try several methods on it; None: a bundled one.
+        kv_method: Method with parameters, as `akvq_vl[recent=64]`; or one made for this model.
+        protocol: `quantized_prefill`, `exact_prefill` or `sparse_prefill`.
+        calibration: File of `kvbench calibrate`, for methods that need statistics.
+        device: As lm-eval passes it; its default and None are CUDA if there is any.
+        dtype: Type of weights; `auto` is the zoo's.
+        batch_size: 1.
+        **options: Further arguments of lm-eval's class.
+
+    Raises:
+        UserError: The model, the method, the protocol or an option can't be used.
     """
 
-    def _prepare(
+    bundled: str
+    """The model that answers when none is given."""
+
+    def __init__(
         self,
-        pretrained: str | LoadedModel,
-        method: str | PreparedMethod,
-        protocol: str,
-        calibration: str | None,
-        device: str | None,
-        dtype: str,
-        batch_size: int | str,
+        pretrained: str | LoadedModel | None = None,
+        kv_method: str | PreparedMethod = REFERENCE,
+        protocol: str = "quantized_prefill",
+        calibration: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: int | str = 1,
+        **options: Any,
     ) -> None:
         if str(batch_size) != "1":
             raise UserError(f"batch_size is {batch_size}: kvbench answers one at a time, use 1")
         device = "auto" if device in (None, _LM_EVAL_DEVICE) else device
-        self._loaded = _loaded(pretrained, str(device), dtype)
-        if isinstance(method, str):
-            method = _prepared(self._loaded, method, protocol, calibration)
-        self._method = method
+        self._loaded = _loaded(pretrained or self.bundled, str(device), dtype)
+        if isinstance(kv_method, str):
+            kv_method = _prepared(self._loaded, kv_method, protocol, calibration)
+        self._method = kv_method
         self.out_of_memory: list[str] = []
         """Requests without an answer, as `task/document`; lm-eval scores them as empty answers."""
         self.usages: dict[str, Usage] = {}
@@ -73,6 +90,11 @@ class _FromCache(_Parent):  # type: ignore[misc]
         self.progress: Progress | None = None
         """Who listens instead of a bar of our own."""
         self._cache: Cache | None = None
+        super().__init__(self._loaded.model, batch_size=1, **self._fitted(options))
+
+    def _fitted(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of lm-eval's constructor for the model that was loaded."""
+        return options
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer requests one after the other; one that runs out of memory gets an empty answer.
@@ -182,37 +204,12 @@ class _FromCache(_Parent):  # type: ignore[misc]
 
 @register_model("kvbench-lm")
 class KVBenchLM(_FromCache, HFLM):  # type: ignore[misc]
-    """A text model of the zoo whose requests are answered from a method's cache, one at a time.
+    """A text model of the zoo; `options` are further arguments of `hf`."""
 
-    Args:
-        pretrained: Alias, `alias=/folder` or a folder, as `kvbench eval --models` takes them; or a
-            model that is loaded already, to try several methods on it.
-        kv_method: Method with parameters, as `akvq_vl[recent=64]`; or one made for this model.
-        protocol: `quantized_prefill` or `exact_prefill`.
-        calibration: File of statistics, for methods that need them.
-        device: As lm-eval passes it; its default and None are CUDA if there is any.
-        dtype: Type of weights; `auto` is the zoo's.
-        batch_size: 1.
-        **options: Further arguments of `hf`.
+    bundled = "smollm2"
 
-    Raises:
-        UserError: The model, the method, the protocol or an option can't be used.
-    """
-
-    def __init__(
-        self,
-        pretrained: str | LoadedModel = "smollm2",
-        kv_method: str | PreparedMethod = "fp16",
-        protocol: str = "quantized_prefill",
-        calibration: str | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
-        batch_size: int | str = 1,
-        **options: Any,
-    ) -> None:
-        self._prepare(pretrained, kv_method, protocol, calibration, device, dtype, batch_size)
-        options.setdefault("max_length", self._loaded.max_positions)
-        super().__init__(self._loaded.model, batch_size=1, **options)
+    def _fitted(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"max_length": self._loaded.max_positions, **options}
 
     def tok_batch_encode(
         self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **options: Any
@@ -235,46 +232,29 @@ class KVBenchLM(_FromCache, HFLM):  # type: ignore[misc]
 
 @register_model("kvbench-vlm")
 class KVBenchVLM(_FromCache, HFMultimodalLM):  # type: ignore[misc]
-    """A model of the zoo whose requests are answered from a method's cache, one at a time.
+    """A model of the zoo that sees; `options` are further arguments of `hf-multimodal`.
 
     Args:
-        pretrained: Alias, `alias=/folder` or a folder, as `kvbench eval --models` takes them; or a
-            model that is loaded already, to try several methods on it.
-        kv_method: Method with parameters, as `akvq_vl[recent=64]`; or one made for this model.
-        protocol: `quantized_prefill`, `exact_prefill` or `sparse_prefill`.
         prompt_style: `chat`: lm-eval's own text through the checkpoint's processor, and with
             `--apply_chat_template` through its template, as `hf-multimodal` does. `official`:
             MileBench's truncation and format as in `kvbench eval`, for the group milebench.
-        calibration: File of `kvbench calibrate`, for methods that need statistics.
-        device: As lm-eval passes it; its default and None are CUDA if there is any.
-        dtype: Type of weights; `auto` is the zoo's.
-        batch_size: 1.
-        **options: Further arguments of `hf-multimodal`.
-
-    Raises:
-        UserError: The model, the method, the protocol or an option can't be used.
     """
 
+    bundled = "smol_llava"
+
     def __init__(
-        self,
-        pretrained: str | LoadedModel = "smol_llava",
-        kv_method: str | PreparedMethod = "fp16",
-        protocol: str = "quantized_prefill",
-        prompt_style: PromptStyles = "chat",
-        calibration: str | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
-        batch_size: int | str = 1,
-        **options: Any,
+        self, *arguments: Any, prompt_style: PromptStyles = "chat", **options: Any
     ) -> None:
         if prompt_style not in get_args(PromptStyles):
             raise UserError(f"prompt_style can't be {prompt_style!r}: use chat or official")
-        self._prepare(pretrained, kv_method, protocol, calibration, device, dtype, batch_size)
+        self._official = prompt_style == "official"
+        super().__init__(*arguments, **options)
+
+    def _fitted(self, options: dict[str, Any]) -> dict[str, Any]:
         if self._loaded.entry.family == "text":
             name = self._loaded.entry.name
             raise UserError(f"{name} takes no images: kvbench-vlm needs a VLM, use kvbench-lm")
-        self._official = prompt_style == "official"
-        super().__init__(self._loaded.model, batch_size=1, **options)
+        return options
 
     def tok_batch_multimodal_encode(
         self, strings: list[str], images: list[list[Any]], *args: Any, **options: Any

@@ -20,6 +20,7 @@ TAIL_POSITIONS = 10_000
 """Positions from which on the 99.9 % quantile is printed: it rests on a thousandth of them."""
 
 _QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
+_ITEM_RESAMPLES = 1_000
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def pair(baseline: Sequence[bool], method: Sequence[bool]) -> Paired:
     return Paired(len(baseline), lost, gained)
 
 
-def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+def wilson(successes: int, n: int) -> Interval:
     """Return Wilson's score interval of a share, without continuity correction.
 
     Source: E. B. Wilson, Journal of the American Statistical Association 22, 1927, 209-212.
@@ -89,7 +90,7 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     Raises:
         ValueError: ``n`` is 0, or ``successes`` is not in 0..n.
     """
-    interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    interval = stats.binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(float(interval.low), float(interval.high))
 
 
@@ -163,28 +164,16 @@ def bootstrap_difference(
     return _percentiles(total / len(tasks), confidence)
 
 
-def bootstrap_accuracy(
-    tasks: Sequence[tuple[int, int]],
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
-) -> Interval:
+def bootstrap_accuracy(tasks: Sequence[tuple[int, int]]) -> Interval:
     """Return the percentile bootstrap interval of the accuracy averaged over tasks.
 
     Args:
         tasks: For each task its right answers and its samples.
-        resamples: Bootstrap resamples.
-        confidence: Of the interval.
-        seed: Of the resampling.
 
     Raises:
         ValueError: There is no task.
     """
-    against_nothing = [Paired(n, 0, right) for right, n in tasks]
-    return bootstrap_difference(
-        against_nothing, resamples=resamples, confidence=confidence, seed=seed
-    )
+    return bootstrap_difference([Paired(n, 0, right) for right, n in tasks])
 
 
 def mean_of_items(items: Sequence[ArrayLike]) -> Estimate:
@@ -223,12 +212,7 @@ def tail(positions: ArrayLike) -> Mapping[float, float | None]:
 
 
 def bootstrap_items(
-    items: Sequence[ArrayLike],
-    statistic: Callable[[NDArray[np.float64]], float],
-    *,
-    resamples: int = 1_000,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
+    items: Sequence[ArrayLike], statistic: Callable[[NDArray[np.float64]], float]
 ) -> Interval | None:
     """Return the percentile bootstrap interval of a statistic of all positions of all items.
 
@@ -237,9 +221,6 @@ def bootstrap_items(
     Args:
         items: For each item an array whose first axis is its positions.
         statistic: From the positions of some items, joined, to a number.
-        resamples: Bootstrap resamples.
-        confidence: Of the interval.
-        seed: Of the resampling.
 
     Returns:
         The interval; None for a single item, which says nothing of others.
@@ -247,10 +228,10 @@ def bootstrap_items(
     if len(items) < 2:
         return None
     arrays = [np.asarray(item, dtype=np.float64) for item in items]
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(arrays), (resamples, len(arrays)))
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(arrays), (_ITEM_RESAMPLES, len(arrays)))
     values = [statistic(np.concatenate([arrays[index] for index in row])) for row in drawn]
-    return _percentiles(np.array(values), confidence)
+    return _percentiles(np.array(values), CONFIDENCE)
 
 
 def detectable_difference(

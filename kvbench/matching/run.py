@@ -74,7 +74,8 @@ def compare(request: MatchRequest, matched: Sequence[Matched], progress: Progres
     Raises:
         UserError: no method has any of the sizes, or as the evaluation's `run`.
     """
-    from kvbench.evaluation.choices import REFERENCE, choose_methods
+    from kvbench.defaults import REFERENCE
+    from kvbench.evaluation.choices import choose_methods
 
     if not any(one.found for one in matched):
         raise UserError("no method has a setting of these sizes: give other --bits or methods")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvbench.defaults import REFERENCE
 from kvbench.errors import UserError
 from kvbench.evaluation.files import write_atomically
 from kvbench.evaluation.statistics import CONFIDENCE
 from kvbench.report.board import Block, Leaderboard, build
-from kvbench.report.cells import BASELINE, Cell
+from kvbench.report.cells import Cell
+from kvbench.report.documents import read_document
 from kvbench.report.figures import figure, files, legend_below, line_style
 from kvbench.report.text import (
     MISSING,
@@ -66,7 +67,7 @@ def write_ablation(directory: Path) -> list[Path]:
     Raises:
         UserError: the folder has no rows or no sweeps, or can't be written to.
     """
-    known = _known(directory)
+    known = read_document(directory / "sweeps.json", "ablate")
     board = build(*read_results(directory))
     found = list(_sweeps(known, board))
     if not found:
@@ -83,23 +84,14 @@ def ablation_summary(directory: Path) -> str:
     Raises:
         UserError: as `write_ablation`.
     """
-    sweeps = _sweeps(_known(directory), build(*read_results(directory)))
+    known = read_document(directory / "sweeps.json", "ablate")
+    sweeps = _sweeps(known, build(*read_results(directory)))
     return "\n\n".join(f"{_title(sweep)}\n{_table(sweep)}" for sweep in sweeps)
-
-
-def _known(directory: Path) -> dict[str, dict[str, Any]]:
-    """The sweeps of a folder by name."""
-    path = directory / "sweeps.json"
-    try:
-        known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read {path} ({error}): run kvbench ablate again") from error
-    return known
 
 
 def _sweeps(known: Mapping[str, dict[str, Any]], board: Leaderboard) -> Iterator[SweepBlock]:
     for name, sweep in known.items():
-        points = {"FP16": BASELINE} | {p["label"]: p["method"] for p in sweep["points"]}
+        points = {"FP16": REFERENCE} | {p["label"]: p["method"] for p in sweep["points"]}
         for block in board.blocks:
             tasks = tuple(task for task in sweep["tasks"] if task in block.tasks)
             if tasks:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from kvbench.errors import UserError
 from kvbench.evaluation.files import write_atomically
 from kvbench.report.attention_figures import draw_attention
 from kvbench.report.board import Leaderboard
 from kvbench.report.columns import Columns, read_columns
+from kvbench.report.documents import read_document
 from kvbench.report.error_figures import draw_errors
 from kvbench.report.figures import files
 from kvbench.report.text import MISSING, code, markdown_table, several
@@ -37,7 +35,8 @@ def analysis_summary(folder: Path) -> str:
     Raises:
         UserError: a table is missing or broken.
     """
-    found, patterns = _found(folder), read_columns(folder / "patterns.csv")
+    found = read_document(folder / "analysis.json", "analyze")
+    patterns = read_columns(folder / "patterns.csv")
     sure = "sure" if found["sure"] else "not sure: see the intervals"
     prompts = len(found["prompts"])
     lines = [f"{found['label']}, {prompts} prompts of {found['dataset']} ({sure}):"]
@@ -58,15 +57,6 @@ def layer_ranges(layers: Iterable[int]) -> str:
     return several(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
 
 
-def _found(folder: Path) -> dict[str, Any]:
-    path = folder / "analysis.json"
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read {path} ({error}): run kvbench analyze again") from error
-    return found
-
-
 def _kinds(patterns: Columns) -> dict[str, str]:
     """Layers of each kind."""
     return {
@@ -76,7 +66,8 @@ def _kinds(patterns: Columns) -> dict[str, str]:
 
 
 def _markdown(folder: Path) -> str:
-    found, patterns = _found(folder), read_columns(folder / "patterns.csv")
+    found = read_document(folder / "analysis.json", "analyze")
+    patterns = read_columns(folder / "patterns.csv")
     kinds = _kinds(patterns)
     zoo = layer_ranges(found["zoo_text_salient_layers"])
     tokens = [prompt["tokens"] for prompt in found["prompts"]]

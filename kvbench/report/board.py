@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
+from kvbench.defaults import REFERENCE
 from kvbench.evaluation.rows import PROTOCOLS, SampleRow
-from kvbench.report.cells import BASELINE, Cell, make_cell, over_tasks, scored_rows
+from kvbench.report.cells import Cell, make_cell, over_tasks, scored_rows
 from kvbench.report.paper import paper_table, rank
 
 
@@ -169,7 +170,7 @@ def newest_tasks(rows: Sequence[SampleRow]) -> list[SampleRow]:
 def _baseline(
     groups: Mapping[tuple[str, str], list[SampleRow]], method: str, task: str
 ) -> dict[int, SampleRow]:
-    rows = groups.get((BASELINE, task), []) if method != BASELINE else []
+    rows = groups.get((REFERENCE, task), []) if method != REFERENCE else []
     return {row.sample_id: row for row in scored_rows(rows)}
 
 

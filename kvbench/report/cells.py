@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from kvbench.defaults import REFERENCE
 from kvbench.evaluation.rows import SampleRow
 from kvbench.evaluation.statistics import (
     Estimate,
@@ -19,9 +20,6 @@ from kvbench.evaluation.statistics import (
     pair,
     wilson,
 )
-
-BASELINE = "fp16"
-"""The method that all others of its model and protocol are compared with."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Cell:
 
 def never_read(row: SampleRow) -> bool:
     """Say whether an answer of a packing method came without reading its packed cache."""
-    packs = row.storage == "packed" and row.method.partition("[")[0] != BASELINE
+    packs = row.storage == "packed" and row.method.partition("[")[0] != REFERENCE
     return packs and row.status == "ok" and not row.packed_tokens_read
 
 

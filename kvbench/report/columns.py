@@ -38,8 +38,8 @@ class Columns:
         return Columns([line for line in self.lines if line[name] == text])
 
 
-def read_columns(path: Path) -> Columns:
-    """Read a CSV file with a header.
+def read_columns(path: Path, verb: str = "analyze") -> Columns:
+    """Read a CSV file with a header that `kvbench VERB` wrote.
 
     Raises:
         UserError: it can't be read.
@@ -48,4 +48,4 @@ def read_columns(path: Path) -> Columns:
         with path.open(encoding="utf-8", newline="") as file:
             return Columns(list(csv.DictReader(file)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"can't read {path} ({error}): run kvbench analyze again") from error
+        raise UserError(f"can't read {path} ({error}): run kvbench {verb} again") from error

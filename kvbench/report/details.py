@@ -54,7 +54,7 @@ def details_markdown(board: Leaderboard) -> str:
     """Return ``details.md``."""
     parts = ["# Details"]
     for block in board.blocks:
-        lines = [_line(block, method, task, cell) for method, task, cell in _cells(block)]
+        lines = [_line(method, task, cell) for method, task, cell in _cells(block)]
         parts += [header(block, board), markdown_table(_HEADERS, lines, texts=2)]
     return "\n\n".join([*parts, NOTES]) + "\n"
 
@@ -89,7 +89,7 @@ def _cells(block: Block) -> Iterator[tuple[str, str, Cell]]:
         yield method, MEAN, block.overall[method]
 
 
-def _line(block: Block, method: str, task: str, cell: Cell) -> list[str]:
+def _line(method: str, task: str, cell: Cell) -> list[str]:
     paper = paper_table()
     accuracy = score(cell)
     if cell.accuracy is not None and cell.interval is not None:

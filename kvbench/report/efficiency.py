@@ -7,15 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from kvbench.report.cells import BASELINE
+from kvbench.defaults import PLAIN, REFERENCE
 from kvbench.report.efficiency_paper import GPU, MODEL, PaperRow, paper_efficiency
 from kvbench.report.paper import paper_table, rank
 
 if TYPE_CHECKING:
     from kvbench.efficiency.rows import EfficiencyRow
 
-GENERATE = "hf_dynamic"
-"""Plain `generate` with transformers' DynamicCache: the paper's kind of baseline."""
 BASES = {
     "measured": "measured on the card itself",
     "emulated": "emulated memory: measured on another card, held to this one's memory",
@@ -150,8 +148,8 @@ def _row_rank(row: EfficiencyRow) -> tuple[Any, ...]:
 
 
 def _entries(setting: Setting, rows: Sequence[EfficiencyRow]) -> list[Entry]:
-    fp16 = _first(rows, BASELINE)
-    generate = _first(rows, GENERATE)
+    fp16 = _first(rows, REFERENCE)
+    generate = _first(rows, PLAIN)
     theirs = paper_efficiency() if (setting.model, setting.gpu) == (MODEL, GPU) else {}
     return [
         Entry(row, fp16, generate, theirs.get(row.method) if row.searched else None) for row in rows

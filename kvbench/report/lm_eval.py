@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.errors import UserError
+from kvbench.defaults import REFERENCE
 from kvbench.evaluation.files import write_atomically
 from kvbench.evaluation.rows import LM_EVAL
 from kvbench.evaluation.statistics import Estimate, Paired, mean_of_items, pair
 from kvbench.report.board import Leaderboard
-from kvbench.report.cells import BASELINE
+from kvbench.report.documents import read_document
 from kvbench.report.header import PROTOCOLS
 from kvbench.report.paper import label, paper_table, rank
 from kvbench.report.text import (
@@ -73,7 +72,7 @@ def write_lm_eval(directory: Path) -> list[Path]:
     Raises:
         UserError: The folder has no results, or can't be written to.
     """
-    document = _read(directory)
+    document = read_document(directory / LM_EVAL, "lm-eval")
     results = _results(document)
     texts = {"lm_eval.md": _markdown(document, results), "lm_eval.csv": _csv(results)}
     for name, text in texts.items():
@@ -87,17 +86,8 @@ def lm_eval_text(directory: Path) -> str:
     Raises:
         UserError: The folder has no results.
     """
-    document = _read(directory)
+    document = read_document(directory / LM_EVAL, "lm-eval")
     return f"\n{_title(document)}\n\n{_grid(_results(document))}"
-
-
-def _read(directory: Path) -> dict[str, Any]:
-    path = directory / LM_EVAL
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read {path} ({error}): run kvbench lm-eval again") from error
-    return document
 
 
 def _results(document: Mapping[str, Any]) -> list[Result]:
@@ -120,7 +110,7 @@ def _of_method(
 ) -> Iterator[Result]:
     for task, values in content["results"].items():
         samples = content["samples"].get(task, [])
-        baseline = methods.get(BASELINE, {}).get("samples", {}).get(task, [])
+        baseline = methods.get(REFERENCE, {}).get("samples", {}).get(task, [])
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
             if comma and not metric.endswith("_stderr"):
@@ -142,7 +132,7 @@ def _result(
     pairs = [
         (baseline[s["doc"]], s)
         for s in samples
-        if method != BASELINE and baseline.get(s["doc"], {}).get("prompt") == s["prompt"]
+        if method != REFERENCE and baseline.get(s["doc"], {}).get("prompt") == s["prompt"]
     ]
     unread = [s for s in samples if content["quantizes"] and not s["packed_tokens_read"]]
     useless = bool(samples) and len(unread) == len(samples)

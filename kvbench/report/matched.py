@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbench.defaults import REFERENCE
 from kvbench.errors import UserError
 from kvbench.evaluation.files import write_atomically
 from kvbench.evaluation.store import SAMPLES
-from kvbench.report.cells import BASELINE
 from kvbench.report.figures import figure, files, legend_below, line_style
 from kvbench.report.matched_results import Results
 from kvbench.report.matched_tasks import task_results
@@ -139,7 +139,7 @@ def _read(directory: Path) -> list[tuple[Results, list[Match]]]:
 
 def _ranked(match: Match, results: Results) -> Iterator[tuple[str, str, float | None]]:
     """Name, setting and measured bits: the 16-bit cache, then the best first."""
-    yield BASELINE, BASELINE, None
+    yield REFERENCE, REFERENCE, None
     over = _too_large(match, results)
     rows = [(str(p["name"]), str(p["method"]), p["bits"]) for p in match.points]
     rows = [row for row in rows if row[0] not in over]

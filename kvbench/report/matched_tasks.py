@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvbench.defaults import REFERENCE
 from kvbench.evaluation.statistics import CONFIDENCE, Interval
 from kvbench.report.board import SETTING_COLUMNS, Block, Leaderboard, build
-from kvbench.report.cells import BASELINE, Cell
+from kvbench.report.cells import Cell
 from kvbench.report.header import header, title
 from kvbench.report.matched_results import Results
 from kvbench.report.table2 import bits, mean_score, percent_number, score
@@ -100,7 +101,7 @@ KL(fp16 || method) in nats over the answers' tokens."""
 
     def exact(self) -> float | None:
         """FP16's accuracy."""
-        found = self.point(BASELINE)
+        found = self.point(REFERENCE)
         return found and found[1]
 
     def _cell(self, method: str) -> Cell:

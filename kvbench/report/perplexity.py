@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbench.defaults import REFERENCE
 from kvbench.evaluation.rows import PROTOCOLS
 from kvbench.evaluation.statistics import Estimate, Interval, bootstrap_items, mean_of_items, tail
 from kvbench.perplexity.rows import PerplexityRow
 from kvbench.report import header
 from kvbench.report.board import Leaderboard
-from kvbench.report.cells import BASELINE
 from kvbench.report.paper import label, paper_table, rank
 from kvbench.report.text import (
     MISSING,
@@ -124,7 +124,7 @@ def build_tables(rows: Iterable[PerplexityRow]) -> list[PerplexityTable]:
 def _table(setting: Setting, methods: Mapping[str, list[PerplexityRow]]) -> PerplexityTable:
     expected = len({row.number for rows in methods.values() for row in rows})
     known = paper_table().methods
-    baseline = {row.number: row for row in methods.get(BASELINE, []) if row.status == "ok"}
+    baseline = {row.number: row for row in methods.get(REFERENCE, []) if row.status == "ok"}
     lines = (
         _line(method, methods[method], baseline, expected)
         for method in sorted(methods, key=lambda method: rank(known, method))

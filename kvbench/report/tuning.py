@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from kvbench.errors import UserError
 from kvbench.evaluation.files import write_atomically
 from kvbench.report.analysis import layer_ranges
 from kvbench.report.board import Leaderboard
 from kvbench.report.columns import Columns, read_columns
+from kvbench.report.documents import read_document
 from kvbench.report.figures import MARKERS, PALETTE, figure, files, legend_below
 from kvbench.report.text import code, csv_text, markdown_table
 
@@ -31,7 +30,8 @@ def write_tuning(folder: Path) -> list[Path]:
     Raises:
         UserError: a file of the search is missing or broken, or the folder can't be written to.
     """
-    found, trials = _found(folder), read_columns(folder / "trials.csv")
+    found = read_document(folder / "tune.json", "tune")
+    trials = read_columns(folder / "trials.csv", "tune")
     front = _front(trials)
     names = list(front.lines[0])[:-1]
     lines = [[line[name] for name in names] for line in front.lines]
@@ -48,18 +48,10 @@ def tuning_summary(folder: Path) -> str:
     Raises:
         UserError: as `write_tuning`.
     """
-    found, front = _found(folder), _front(read_columns(folder / "trials.csv"))
+    found = read_document(folder / "tune.json", "tune")
+    front = _front(read_columns(folder / "trials.csv", "tune"))
     head = f"{found['label']}, budget {found['budget']:.3f} bits an element:"
     return "\n".join([head, _table(front), "", f"to use it: {_use(folder, found)}"])
-
-
-def _found(folder: Path) -> dict[str, Any]:
-    path = folder / "tune.json"
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read {path} ({error}): run kvbench tune again") from error
-    return found
 
 
 def _front(trials: Columns) -> Columns:
@@ -103,7 +95,7 @@ def _markdown(folder: Path, found: dict[str, Any], trials: Columns) -> str:
 
 
 def _clusters(folder: Path, found: dict[str, Any]) -> str:
-    table = read_columns(folder / "sensitivity.csv")
+    table = read_columns(folder / "sensitivity.csv", "tune")
     choices = table.distinct("choice")
     lines = []
     for index, cluster in enumerate(found["clusters"]):

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from kvbench.cache import bind
-from kvbench.evaluation.choices import REFERENCE
+from kvbench.defaults import REFERENCE
 from kvbench.evaluation.decode import Answer, Generation, answer
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kvbench
+from kvbench.defaults import TUNED
 from kvbench.errors import UserError
 from kvbench.evaluation.environment import environment
 from kvbench.evaluation.files import write_atomically
@@ -59,7 +60,7 @@ def tune(request: TuneRequest, progress: Progress) -> Iterator[Path]:
     if not isinstance(method, LayerwiseQuantizer):
         raise UserError(
             f"{request.method.spec} has no choices for single layers: tune a method that has, "
-            "such as kvtuner"
+            f"such as {TUNED}"
         )
     for entry in request.models:
         check_available(entry)

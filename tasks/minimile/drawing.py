@@ -85,6 +85,6 @@ def compose(
     )
 
 
-def numbered(noun: str, pictures: Sequence[Picture], start: int = 1) -> dict[str, Picture]:
+def numbered(noun: str, pictures: Sequence[Picture]) -> dict[str, Picture]:
     """Put pictures under the markers "noun 1", "noun 2", ..."""
-    return {f"{noun} {number}": picture for number, picture in enumerate(pictures, start)}
+    return {f"{noun} {number}": picture for number, picture in enumerate(pictures, 1)}

@@ -61,15 +61,6 @@ def test_bad_sweeps(text: str, says: str) -> None:
         choose_sweeps([text])
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from kvbench.tasks.minimile import make
-
-    root = tmp_path_factory.mktemp("drawn") / "data"
-    make(root, samples=2, folders=("ObjectExistence", "WebQA"))
-    return root
-
-
 @pytest.fixture
 def request_of(data: Path, tiny_llava_folder: Path, tmp_path: Path) -> Callable[..., EvalRequest]:
     def make(tasks: str) -> EvalRequest:

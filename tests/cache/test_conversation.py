@@ -40,19 +40,22 @@ def second_turn(first: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def two_turns(greedy: Any, given: Any, cache: Any) -> Any:
+    """The second answer of a conversation."""
+    first = greedy(given.model, given.inputs, cache, 6)
+    return greedy(given.model, second_turn(first, given.inputs), cache, 6)
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp16_goes_on_like_the_dynamic_cache(
     case, greedy, distance, family: str, protocol: str
 ) -> None:
     given = case(family)
-    answers = []
-    for cache in (
-        quantized_cache(given.model, "fp16", protocol=protocol),
-        DynamicCache(config=given.model.config),
-    ):
-        first = greedy(given.model, given.inputs, cache, 6)
-        answers.append(greedy(given.model, second_turn(first, given.inputs), cache, 6))
+    cache = quantized_cache(given.model, "fp16", protocol=protocol)
+    answers = [
+        two_turns(greedy, given, each) for each in (cache, DynamicCache(config=given.model.config))
+    ]
     assert torch.equal(answers[0].sequences, answers[1].sequences)
     assert distance(*answers) < 1e-9
 
@@ -64,13 +67,10 @@ def test_exact_storage_goes_on_in_any_basis(
     case, exactly, greedy, distance, family: str, method: str, protocol: str
 ) -> None:
     given = case(family)
-    answers = []
-    for cache in (
-        quantized_cache(given.model, exactly(method), protocol=protocol),
-        DynamicCache(config=given.model.config),
-    ):
-        first = greedy(given.model, given.inputs, cache, 6)
-        answers.append(greedy(given.model, second_turn(first, given.inputs), cache, 6))
+    cache = quantized_cache(given.model, exactly(method), protocol=protocol)
+    answers = [
+        two_turns(greedy, given, each) for each in (cache, DynamicCache(config=given.model.config))
+    ]
     assert torch.equal(answers[0].sequences, answers[1].sequences)
     assert distance(*answers) < 1e-9
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +52,12 @@ def test_other_rotations_stay_with_the_matrix(kernel: None, width: int, kind: st
     assert not CALLS
 
 
-def test_a_missing_package_is_no_error() -> None:
-    transforms.fast_hadamard.cache_clear()
-    assert transforms.fast_hadamard() is None or callable(transforms.fast_hadamard())
+def test_a_missing_package_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fast_hadamard_transform", None)
+    assert transforms.fast_hadamard.__wrapped__() is None
+
+
+def test_the_package_gives_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = SimpleNamespace(hadamard_transform=butterfly)
+    monkeypatch.setitem(sys.modules, "fast_hadamard_transform", package)
+    assert transforms.fast_hadamard.__wrapped__() is butterfly

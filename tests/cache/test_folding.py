@@ -1,4 +1,4 @@
-"""Value transforms folded into W_V and W_O: the same model, and the same weights afterwards."""
+"""Value transforms folded into W_V and W_O: other weights, the same model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvbench.cache import bind, calibrate_statistics, folded_values
+from kvbench.cache import bind, calibrate_statistics
+from kvbench.cache.folding import fold_values
 from kvbench.errors import UserError
 
 IDS = torch.arange(20, 60)[None]
@@ -50,12 +51,11 @@ def test_a_folded_model_with_unfolded_queries_differs_but_its_outputs_do_not(
     expected = logits(model, DynamicCache(config=model.config))
     bound = bind(model, exactly("akvq_vl[recent=4,rotation=random]"))
     before = weights(model)
-    with folded_values(bound) as folded:
-        assert not same(before, weights(model))
-        torch.testing.assert_close(logits(model, folded.new_cache()), expected, atol=1e-10, rtol=0)
-        plain = logits(model, DynamicCache(config=model.config))  # V R R⁻¹ needs no cache of ours
-        torch.testing.assert_close(plain, expected, atol=1e-10, rtol=0)
-    assert same(before, weights(model))
+    folded = fold_values(bound)
+    assert not same(before, weights(model))
+    torch.testing.assert_close(logits(model, folded.new_cache()), expected, atol=1e-10, rtol=0)
+    plain = logits(model, DynamicCache(config=model.config))  # V R R⁻¹ needs no cache of ours
+    torch.testing.assert_close(plain, expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("protocol", ["quantized_prefill", "exact_prefill"])
@@ -63,13 +63,13 @@ def test_folding_stores_what_the_transform_stores(model, protocol: str) -> None:
     bound = bind(model, "akvq_vl[recent=4,pivots=2]", protocol=protocol)  # type: ignore[arg-type]
     online = bound.new_cache()
     expected = logits(model, online)
-    with folded_values(bound) as folded:
-        offline = folded.new_cache()
-        torch.testing.assert_close(logits(model, offline), expected, atol=1e-9, rtol=0)
+    offline = fold_values(bound).new_cache()
+    torch.testing.assert_close(logits(model, offline), expected, atol=1e-9, rtol=0)
     for one, other in zip(online.layers, offline.layers, strict=True):
         for bits, segment in one.value_store.segments.items():
-            parts = zip(segment.parts, other.value_store.segments[bits].parts, strict=True)
-            assert all(torch.equal(a.data, b.data) for a, b in parts) or bits == 16
+            for a, b in zip(segment.parts, other.value_store.segments[bits].parts, strict=True):
+                error = 1e-9 if bits == 16 else 0
+                torch.testing.assert_close(a.data, b.data, atol=error, rtol=0)
     assert offline.nbytes() == online.nbytes()
 
 
@@ -77,40 +77,19 @@ def test_channel_scales_fold_too(model) -> None:
     calibration = calibrate_statistics(model, [{"input_ids": IDS}], {})
     bound = bind(model, "smoothquant[bits=4]", calibration=calibration)
     expected, before = logits(model, bound.new_cache()), weights(model)
-    with folded_values(bound) as folded:
-        torch.testing.assert_close(logits(model, folded.new_cache()), expected, atol=1e-9, rtol=0)
-    assert same(before, weights(model))
+    folded = fold_values(bound)
+    assert not same(before, weights(model))
+    torch.testing.assert_close(logits(model, folded.new_cache()), expected, atol=1e-9, rtol=0)
 
 
-def test_weights_come_back_after_an_error_inside(model) -> None:
-    before = weights(model)
-    with pytest.raises(ZeroDivisionError), folded_values(bind(model, "akvq_vl")):
-        raise ZeroDivisionError
-    assert same(before, weights(model))
-
-
-def test_weights_come_back_when_folding_itself_fails(model) -> None:
-    """The last layer's projection is of another kind; the first ones were folded already."""
+def test_projections_of_another_kind_cannot_be_folded(model) -> None:
     attention = model.model.layers[-1].self_attn
     attention.v_proj = torch.nn.Sequential(attention.v_proj)
-    before = weights(model)
-    with pytest.raises(UserError, match="plain linear"), folded_values(bind(model, "akvq_vl")):
-        pass
-    assert same(before, weights(model))
+    with pytest.raises(UserError, match="plain linear"):
+        fold_values(bind(model, "akvq_vl"))
 
 
 def test_reordering_over_heads_cannot_be_folded(model) -> None:
     bound = bind(model, "skvq[reorder=false]")
-    with pytest.raises(UserError, match="can't be folded"), folded_values(bound):
-        pass
-
-
-def test_bfloat16_weights_come_back_bit_for_bit(tiny_text_model) -> None:
-    """Multiplying by R and by its inverse would not bring them back."""
-    shared = tiny_text_model(bias=True).model
-    own = type(shared)(copy.deepcopy(shared.config)).to(torch.bfloat16).eval()
-    own.load_state_dict(shared.state_dict())
-    before = weights(own)
-    with folded_values(bind(own, "rtn_int2_wht")):
-        pass
-    assert same(before, weights(own))
+    with pytest.raises(UserError, match="can't be folded"):
+        fold_values(bound)

@@ -30,15 +30,6 @@ FIGURES = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from kvbench.tasks.minimile import make
-
-    root = tmp_path_factory.mktemp("drawn") / "data"
-    make(root, samples=2, folders=("ObjectExistence", "WebQA"))
-    return root
-
-
 @pytest.fixture
 def analyzed(invoke: Invoke, data: Path, tiny_llava_folder: Path, tmp_path: Path) -> Any:
     words = ["--tasks", "oe,wqa", "--samples", 3, "--near", 4, "--whole-prompt", 1]

@@ -17,15 +17,6 @@ Invoke = Callable[..., Result]
 METHODS = "fp16,rtn_int2,rtn_int4,kivi,skvq,akvq_vl,kvtuner,hf_quanto_int2"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from kvbench.tasks.minimile import make
-
-    root = tmp_path_factory.mktemp("matched") / "data"
-    make(root, samples=2, folders=("ObjectExistence", "WebQA"))
-    return root
-
-
 @pytest.fixture
 def words(data: Path, tiny_llava_folder: Path) -> list[Any]:
     found = ["match", "--models", f"tiny={tiny_llava_folder}", "--data-root", data]

@@ -28,16 +28,21 @@ def words(folder: Path, text: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_a_table_of_both_protocols(
-    invoke: Any, tiny_text_folder: Path, text_file: Path, tmp_path: Path
+    invoke: Any,
+    tiny_text_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["kvbench", "perplexity", "--protocol", "both"])
     done = invoke(*words(tiny_text_folder, text_file, out, "--protocol", "both"))
     assert done.exit_code == 0, done.output
     for title in ("tiny, quantized_prefill, numbers.txt", "tiny, exact_prefill, numbers.txt"):
         assert title in done.stdout
     assert done.stdout.count("RTN (INT2)") == done.stdout.count("| FP16") == 2
     markdown = (out / "perplexity.md").read_text(encoding="utf-8")
-    assert "kvbench perplexity" not in markdown or "- command:" in markdown
+    assert "- command: `kvbench perplexity --protocol both`" in markdown
     assert "the first 24 tokens of a window are a prompt (exact attention within" in markdown
     assert "KL(FP16 || method) in nats" in markdown
     again = invoke("report", out)

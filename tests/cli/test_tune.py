@@ -21,15 +21,6 @@ from kvbench.tuning.objective import Judge
 Invoke = Callable[..., Result]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from kvbench.tasks.minimile import make
-
-    root = tmp_path_factory.mktemp("tuned") / "data"
-    make(root, samples=2, folders=("ObjectExistence", "WebQA"))
-    return root
-
-
 @pytest.fixture
 def words(data: Path, tiny_llava_folder: Path, tmp_path: Path) -> list[Any]:
     found = ["tune", "--models", f"tiny={tiny_llava_folder}", "--data", data, "--device", "cpu"]

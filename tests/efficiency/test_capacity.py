@@ -18,11 +18,11 @@ from kvbench.cache import bind
 from kvbench.efficiency.capacity import Capacity, capacity, prompt_nbytes
 from kvbench.efficiency.plan import model_capacity, modelled_row, plan_line, plan_table, step_bound
 from kvbench.efficiency.profiles import PROFILES
-from kvbench.efficiency.rows import Setting
 from kvbench.efficiency.shapes import empty_model, model_shape
 from kvbench.efficiency.workload import Workload
 from kvbench.errors import UserError
 from kvbench.registry import MODELS
+from tests.efficiency.made_up import SETTING
 
 GIB = 1 << 30
 PAPER = Workload(600, 576, 512)
@@ -246,34 +246,12 @@ def test_a_step_can_not_be_faster_than_its_bytes_and_products() -> None:
     assert step_bound(llava7b("fp16"), PAPER, replace(card, fp16_rate=None)) is None
 
 
-SETTING = Setting(
-    model="llava15_7b",
-    model_label="LLaVA-v1.5-7B",
-    revision="shapes",
-    method="fp16",
-    label="FP16",
-    runner="engine",
-    protocol="exact_prefill",
-    dtype="float16",
-    input_tokens=600,
-    vision_tokens=576,
-    output_tokens=512,
-    fixed_batch=None,
-    prefill_rows=8,
-    seed=0,
-    gpu="v100",
-    gpu_label="4 x V100 16 GB",
-    memory="modelled",
-    memory_limit=64 * GIB,
-    device="",
-    code="",
-    versions={},
-)
+SHAPES = replace(SETTING, revision="shapes", memory="modelled", device="", code="", versions={})
 ROW = {"machine": "CPU", "command": "kvbench efficiency", "time": "2026-01-01T00:00:00+00:00"}
 
 
 def test_a_modelled_row_says_what_it_is() -> None:
-    row = modelled_row(SETTING, llava7b("fp16"), PROFILES["v100"], **ROW)
+    row = modelled_row(SHAPES, llava7b("fp16"), PROFILES["v100"], **ROW)
     assert row.batch == llava7b("fp16").largest_batch(PAPER, 64 * GIB)
     assert row.out_of_memory_at == row.batch + 1
     assert (row.memory, row.path, row.tries) == ("modelled", "bound", 0)
@@ -285,12 +263,12 @@ def test_a_modelled_row_says_what_it_is() -> None:
 
 
 def test_a_modelled_batch_that_does_not_fit() -> None:
-    asked = replace(SETTING, fixed_batch=500)
+    asked = replace(SHAPES, fixed_batch=500)
     row = modelled_row(asked, llava7b("fp16"), PROFILES["v100"], **ROW)
     assert (row.status, row.batch) == ("oom", 0)
     assert "500 rows need" in row.detail
     assert row.peak_nvml is None and row.throughput is None
-    fits = modelled_row(replace(SETTING, fixed_batch=40), llava7b("fp16"), PROFILES["v100"], **ROW)
+    fits = modelled_row(replace(SHAPES, fixed_batch=40), llava7b("fp16"), PROFILES["v100"], **ROW)
     assert (fits.status, fits.batch, fits.out_of_memory_at) == ("ok", 40, None)
 
 

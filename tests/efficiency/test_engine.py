@@ -40,10 +40,8 @@ def bound_to(model: Any, method: str) -> Any:
 
 
 def generated(engine: Engine, model: Any, workload: Workload, rows: int) -> torch.Tensor:
-    done = 0
-    for prompts in micro_batches(model, workload, rows, seed=3):
-        engine.prefill(done, prompts)
-        done += len(prompts["input_ids"])
+    for first_row, prompts in micro_batches(model, workload, rows, seed=3):
+        engine.prefill(first_row, prompts)
     for _ in range(workload.output_tokens - 1):
         engine.decode()
     return engine.outputs.cpu()
@@ -53,7 +51,7 @@ def reference(model: Any, method: str, workload: Workload, rows: int) -> Any:
     bound = bound_to(model, method)
     model.generation_config.eos_token_id = None  # the engine never stops early
     answers, caches = [], []
-    for prompts in micro_batches(model, workload, rows, seed=3):
+    for _, prompts in micro_batches(model, workload, rows, seed=3):
         cache = bound.new_cache()
         out = model.generate(
             **prompts,
@@ -155,7 +153,7 @@ def test_features_match_their_places(tiny_llava: Any) -> None:
     model = model_of(tiny_llava)
     vision = tokens_per_image(model.config)
     engine = make_engine(model, bound_to(model, "fp16"), Workload(vision + 9, vision, 4))
-    prompts = next(micro_batches(model, Workload(vision + 9, vision, 4), 1, seed=0))
+    _, prompts = next(micro_batches(model, Workload(vision + 9, vision, 4), 1, seed=0))
     prompts["input_ids"][0, 0] = model.config.image_token_id
     with pytest.raises(RuntimeError, match="match their places"):
         engine.prefill(0, prompts)
@@ -179,12 +177,12 @@ def test_prompts_with_images_never_wait_for_the_device(tiny_llava: Any) -> None:
 def never_waits(model: Any, method: str, workload: Workload) -> None:
     model = model.half()
     engine = make_engine(model, bound_to(model, method), workload)
-    engine.prefill(0, next(micro_batches(model, workload, 4, seed=0)))  # copies constants
+    engine.prefill(*next(micro_batches(model, workload, 4, seed=0)))  # copies constants
     engine.forget()
     prompts = micro_batches(model, workload, 4, seed=0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.prefill(0, next(prompts))
+        engine.prefill(*next(prompts))
         engine.decode()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -11,6 +11,7 @@ from kvbench.efficiency import preset
 from kvbench.efficiency.preset import GOALS, Rows, goals_table, paper_scenarios
 from kvbench.efficiency.request import TrialResult
 from kvbench.efficiency.rows import EfficiencyRow, Setting, make_row
+from kvbench.efficiency.workload import Workload
 
 BASE = TrialResult("ok", peak_nvml=50 << 30, cache_bytes=300, workspace_bytes=20, total_s=100.0)
 # Batch, tokens a second, decode step over floor of every row that the goals ask for.
@@ -96,7 +97,7 @@ def test_the_table(rows: list[EfficiencyRow]) -> None:
 
 def test_the_capacity_model_is_held_against_every_measured_peak() -> None:
     model = preset.model_capacity(preset.MODELS.get("llava15_7b"), "akvq_vl")
-    peak = model.footprint(preset.Workload(600, 576, 512, 40), 8)
+    peak = model.footprint(Workload(600, 576, 512, 40), 8)
     near = row("fp16", 600, 40, peak_nvml=None)
     engine = row("akvq_vl", 600, 40, peak_nvml=10 << 30)
     peer = dataclasses.replace(engine, runner="generate", peak_torch=5 << 30)

@@ -23,30 +23,9 @@ from kvbench.efficiency.rows import (
 )
 from kvbench.errors import UserError
 from kvbench.evaluation.lines import Lines
+from tests.efficiency.made_up import SETTING
 
-SETTING = Setting(
-    model="llava15_7b",
-    model_label="LLaVA-v1.5-7B",
-    revision="random",
-    method="akvq_vl",
-    label="AKVQ-VL",
-    runner="engine",
-    protocol="exact_prefill",
-    dtype="float16",
-    input_tokens=600,
-    vision_tokens=576,
-    output_tokens=5,
-    fixed_batch=None,
-    prefill_rows=8,
-    seed=0,
-    gpu="v100",
-    gpu_label="4 x V100 16 GB",
-    memory="emulated",
-    memory_limit=64 << 30,
-    device="NVIDIA H100",
-    code="c0de",
-    versions={"torch": "2.11", "triton": None},
-)
+SHORT = dataclasses.replace(SETTING, method="akvq_vl", label="AKVQ-VL", output_tokens=5)
 RESULT = TrialResult(
     "ok",
     peak_nvml=60 << 30,
@@ -68,7 +47,7 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def row(setting: Setting = SETTING, result: TrialResult = RESULT, **changes: Any) -> EfficiencyRow:
+def row(setting: Setting = SHORT, result: TrialResult = RESULT, **changes: Any) -> EfficiencyRow:
     given = {"batch": 100, "out_of_memory_at": 101, "tries": 5, "machine": "Linux",
              "command": "kvbench efficiency", "time": "2025-01-01T00:00:00+00:00"}  # fmt: skip
     return make_row(setting, result, **{**given, **changes})
@@ -103,12 +82,12 @@ def test_what_was_not_measured_stays_open() -> None:
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Setting)])
 def test_everything_is_in_the_key(name: str) -> None:
-    changed = dataclasses.replace(SETTING, **{name: OTHER[name]})
-    assert changed.row_key() != SETTING.row_key() == dataclasses.replace(SETTING).row_key()
+    changed = dataclasses.replace(SHORT, **{name: OTHER[name]})
+    assert changed.row_key() != SHORT.row_key() == dataclasses.replace(SHORT).row_key()
 
 
 def test_rows_survive_a_file(tmp_path: Path) -> None:
-    first, second = row(), row(dataclasses.replace(SETTING, method="fp16"), batch=30)
+    first, second = row(), row(dataclasses.replace(SHORT, method="fp16"), batch=30)
     with Lines(tmp_path, ROW_KIND) as lines:
         assert lines.append(first) and lines.append(second)
     assert read_efficiency(tmp_path) == [first, second]
@@ -128,8 +107,8 @@ def test_failures_are_tried_again_and_limits_are_not(tmp_path: Path) -> None:
 
 def test_the_newest_row_takes_the_place_of_older_code() -> None:
     old = row(time="2025-01-01T00:00:00+00:00")
-    other = row(dataclasses.replace(SETTING, fixed_batch=40), batch=40)
-    new = row(dataclasses.replace(SETTING, code="new", versions={}), time="2025-01-02T00:00:00")
+    other = row(dataclasses.replace(SHORT, fixed_batch=40), batch=40)
+    new = row(dataclasses.replace(SHORT, code="new", versions={}), time="2025-01-02T00:00:00")
     assert latest([old, other, new]) == [new, other]
     assert latest([new, other, old]) == [new, other]
 

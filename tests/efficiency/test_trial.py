@@ -95,7 +95,7 @@ def test_memory_given_back_while_the_clock_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     retries = itertools.count()
-    monkeypatch.setattr("kvbench.efficiency.trial._retries", lambda device: next(retries))
+    monkeypatch.setattr("kvbench.efficiency.engine_run._retries", lambda device: next(retries))
     result = run_trial(replace(request_of, method=method, steady=steady))
     assert result.status == status
     assert ("give cached memory back" in result.detail) == (status == "oom")

@@ -13,7 +13,6 @@ import torch
 from lm_eval.api.instance import Instance
 from PIL import Image
 
-from kvbench.cache import Affine, LayerQuantizer, Needs, Side, Uniform
 from kvbench.errors import UserError
 from kvbench.evaluation.choices import choose_methods
 from kvbench.evaluation.decode import Generation, answer
@@ -22,7 +21,7 @@ from kvbench.evaluation.runner import PreparedMethod
 from kvbench.evaluation.samples import ask, encoded, read_cell
 from kvbench.models.find import find_model
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.registry import METHODS, TASKS
+from kvbench.registry import TASKS
 from kvbench.tasks.milebench.lm_eval import INCLUDE_PATH
 
 TWO_TASKS = ("milebench_oe", "milebench_sc")
@@ -104,21 +103,6 @@ def answers(results: dict[str, Any]) -> dict[tuple[str, int], str]:
     }
 
 
-class OneBit:
-    """Everything at one bit in groups of a whole head: little survives."""
-
-    label, paper, needs = "1 bit", "-", Needs()
-
-    def layer(self, spec: Any, calibration: Any) -> LayerQuantizer:
-        codec = Affine(1, spec.head_dim)
-        return LayerQuantizer(Side({1: codec}), Side({1: codec}), Uniform(1))
-
-
-@pytest.fixture
-def one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS._builtin, "one_bit", (OneBit(), "a test"))
-
-
 @pytest.mark.slow
 def test_fp16_answers_as_the_stock_model(
     run: Evaluate, tiny_llava_folder: Path, loaded: LoadedModel
@@ -164,7 +148,7 @@ def test_the_official_style_answers_as_eval_does(
         pytest.importorskip("optimum.quanto", reason="the extra [peers] is not installed")
     (choice,) = choose_methods(spec)
     method = PreparedMethod.of(loaded, choice, "exact_prefill", None)
-    model = KVBenchVLM(loaded, spec, "exact_prefill", "official")
+    model = KVBenchVLM(loaded, spec, "exact_prefill", prompt_style="official")
     found = answers(run(model, {"image_paths": True}))
     for name in ("oe", "sc"):
         cell = read_cell(name, data_root, None, 0)

@@ -12,7 +12,6 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from kvbench.cache import Affine, LayerQuantizer, Needs, Side, Uniform
 from kvbench.errors import UserError
 from kvbench.evaluation import choices, lm_eval_run, lm_eval_tasks
 from kvbench.evaluation.lm_eval_model import KVBenchLM
@@ -22,7 +21,6 @@ from kvbench.evaluation.progress import Silent
 from kvbench.evaluation.rows import LM_EVAL
 from kvbench.models.find import find_model
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.registry import METHODS
 from kvbench.report.lm_eval import lm_eval_text, write_lm_eval
 
 GENERATES = """
@@ -81,16 +79,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, loaded: LoadedModel) -> Pat
     return root
 
 
-class OneBit:
-    """Everything at one bit in groups of a whole head: little survives."""
-
-    label, paper, needs = "1 bit", "-", Needs()
-
-    def layer(self, spec: Any, calibration: Any) -> LayerQuantizer:
-        codec = Affine(1, spec.head_dim)
-        return LayerQuantizer(Side({1: codec}), Side({1: codec}), Uniform(1))
-
-
 @pytest.fixture
 def asked(folder: Path, tiny_text_folder: Path, tmp_path: Path) -> Callable[..., LmEvalRequest]:
     def make(names: str, methods: str = "fp16", **changes: Any) -> LmEvalRequest:
@@ -108,8 +96,8 @@ def asked(folder: Path, tiny_text_folder: Path, tmp_path: Path) -> Callable[...,
     return make
 
 
-def test_end_to_end(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS._builtin, "one_bit", (OneBit(), "a test"))
+@pytest.mark.usefixtures("one_bit")
+def test_end_to_end(asked: Any) -> None:
     request = asked("sums", "fp16,one_bit,rtn_int4,kivi,hf_dynamic")
     run_lm_eval(request, Silent())
     found = json.loads((request.out / LM_EVAL).read_text(encoding="utf-8"))["methods"]

@@ -143,7 +143,9 @@ def test_model_is_as_before_afterwards(llava, llava_next) -> None:
 
 
 def test_models_without_vision_are_left_alone(text_only) -> None:
+    before = dict(vars(text_only.model))
     with shared_vision(text_only.model) as memo:
+        assert vars(text_only.model) == before
         answer(text_only, encode(text_only, "hello"))
         memo.forget()
 

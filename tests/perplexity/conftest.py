@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from kvbench.cache import Affine, LayerQuantizer, Needs, Side, Uniform
 from kvbench.evaluation import choices
 from kvbench.evaluation.progress import Silent
 from kvbench.perplexity.request import PerplexityRequest
 from kvbench.perplexity.rows import PerplexityRow, read_perplexity
 from kvbench.perplexity.run import measure
-from kvbench.registry import METHODS
 
 WORDS = "the|cache|of|a|model|keeps|keys|and|values|for|every|token|that|it|has|read"
 
@@ -35,21 +33,6 @@ class Listener(Silent):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-
-class OneBit:
-    """Everything at one bit in groups of a whole head: little survives."""
-
-    label, paper, needs = "1 bit", "-", Needs()
-
-    def layer(self, spec: Any, calibration: Any) -> LayerQuantizer:
-        codec = Affine(1, spec.head_dim)
-        return LayerQuantizer(Side({1: codec}), Side({1: codec}), Uniform(1))
-
-
-@pytest.fixture
-def one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS._builtin, "one_bit", (OneBit(), "a test"))
 
 
 @pytest.fixture

@@ -11,37 +11,15 @@ from typing import Any
 import pytest
 
 from kvbench.efficiency.request import TrialResult
-from kvbench.efficiency.rows import ROWS, EfficiencyRow, Setting, make_row
+from kvbench.efficiency.rows import ROWS, EfficiencyRow, make_row
 from kvbench.errors import UserError
 from kvbench.report.efficiency import efficiency_blocks
 from kvbench.report.efficiency_paper import paper_efficiency
 from kvbench.report.efficiency_tables import efficiency_text, table4_csv, table4_markdown
 from kvbench.report.write import EFFICIENCY, write_report
+from tests.efficiency.made_up import SETTING
 
 GIB = 1 << 30
-SETTING = Setting(
-    model="llava15_7b",
-    model_label="LLaVA-v1.5-7B",
-    revision="random",
-    method="fp16",
-    label="FP16",
-    runner="engine",
-    protocol="exact_prefill",
-    dtype="float16",
-    input_tokens=600,
-    vision_tokens=576,
-    output_tokens=11,
-    fixed_batch=None,
-    prefill_rows=8,
-    seed=0,
-    gpu="v100",
-    gpu_label="4 cards",
-    memory="emulated",
-    memory_limit=64 * GIB,
-    device="NVIDIA H100 80GB HBM3",
-    code="c0de",
-    versions={"torch": "2.11", "optimum-quanto": None},
-)
 LABELS = {"fp16": "FP16", "akvq_vl": "AKVQ-VL", "kivi": "KIVI", "hf_dynamic": "HF DynamicCache"}
 
 
@@ -56,7 +34,11 @@ def efficiency_row(
     base = method.partition("[")[0]
     runner = "generate" if base.startswith("hf_") else "engine"
     setting = replace(
-        SETTING, method=method, label=LABELS.get(base, base), runner=runner, **changes
+        SETTING,
+        method=method,
+        label=LABELS.get(base, base),
+        runner=runner,
+        **{"output_tokens": 11, "gpu_label": "4 cards", **changes},
     )
     made = TrialResult(
         "ok",

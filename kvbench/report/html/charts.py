@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvbench.defaults import REFERENCE
 from kvbench.report.board import Block
-from kvbench.report.cells import BASELINE, Cell, Comparison
+from kvbench.report.cells import Cell, Comparison
 from kvbench.report.efficiency_figures import write_figures
 from kvbench.report.figures import PALETTE, WIDTH, figure, legend_below, line_style
 from kvbench.report.paper import label, paper_table
@@ -72,7 +73,7 @@ def tradeoff(block: Block, name: str) -> Chart | None:
 
 def forest(block: Block, name: str) -> Chart | None:
     """Each method's differences to fp16 by task, with intervals; None where nothing is compared."""
-    methods = [m for m in block.methods if m != BASELINE and block.overall[m].comparison]
+    methods = [m for m in block.methods if m != REFERENCE and block.overall[m].comparison]
     if not methods:
         return None
     columns = min(_PANELS, len(methods))
