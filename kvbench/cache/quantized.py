@@ -177,7 +177,7 @@ def quantized_cache(
     text_salient_layers: tuple[int, ...] = (0, 1),
     vision_mask: Tensor | None = None,
 ) -> Cache:
-    """A fresh cache for one call of `model.generate(**inputs, past_key_values=...)`.
+    """A fresh cache for one call of `model.generate(**inputs, **cache_argument(model, cache))`.
 
     From transformers 5.24 on that argument is `cache`, and the older name warns.
 
