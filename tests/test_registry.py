@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
+from typing import Any, ClassVar
 
 import pytest
 
+from kvbench.cache import Needs
 from kvbench.errors import UserError
-from kvbench.registry import Registry
+from kvbench.registry import METHODS, Registry
 
 Plugins = Callable[[str], None]
 
@@ -99,6 +102,30 @@ def test_an_object_of_another_kind_is_refused(shelf: Path) -> None:
     (shelf / "verse.py").write_text("BOOKS = {'odes': 'text'}\n")
     with pytest.raises(UserError, match=r"shelf\.verse\.BOOKS\['odes'\] is a str"):
         books().names()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("x = (\n", 1), ("import nowhere_at_all\n", 1), ("\n\n1 / 0\n", 3)]
+)
+def test_a_module_with_a_mistake_is_named(shelf: Path, text: str, line: int) -> None:
+    (shelf / "verse.py").write_text(text)
+    with pytest.raises(
+        UserError, match=rf"shelf\.verse can't be .*verse\.py, line {line}\)"
+    ) as got:
+        books().names()
+    assert "\n" not in str(got.value)
+
+
+def test_what_a_method_lacks_is_named() -> None:
+    @dataclass(frozen=True)
+    class Nameless:
+        paper: ClassVar[str] = "-"
+        needs: ClassVar[Needs] = Needs()
+
+        def layer(self, spec: Any, calibration: Any) -> Any: ...
+
+    with pytest.raises(UserError, match=r"KVQuantizer or .*; it has no label$"):
+        METHODS._checked("x", Nameless(), "the plug-in a:b")  # type: ignore[arg-type]
 
 
 def test_plugins_are_listed_unseen_and_loaded_on_demand(plugins: Plugins) -> None:
