@@ -12,6 +12,10 @@ class UserError(Exception):
     """
 
 
+class Mistake(UserError):
+    """Code that someone added to kvbench, a method say, does what its author can't have meant."""
+
+
 def brief(text: str) -> str:
     """A user's own text for a message: on one line, not longer than 100 characters."""
     line = repr(text)[1:-1]

@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kvbench.errors import UserError, fault
@@ -55,16 +55,24 @@ class Registry(Generic[T]):
         package: Package whose modules are searched (not those named ``_...``), or a single module.
         attribute: Name of the ``dict[str, T]`` that a searched module may define.
         group: Entry-point group of other distributions' objects; a value names the object itself.
+        parts: Class of attributes that an object may have, as ``base``'s.
     """
 
     def __init__(
-        self, kind: str, base: str | tuple[str, ...], package: str, attribute: str, group: str
+        self,
+        kind: str,
+        base: str | tuple[str, ...],
+        package: str,
+        attribute: str,
+        group: str,
+        parts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.kind = kind
         self._bases = (base,) if isinstance(base, str) else base
         self._package = package
         self._attribute = attribute
         self._group = group
+        self._parts = parts
 
     def names(self) -> list[str]:
         """All names: built-in ones in their modules' order, then plug-ins (not imported yet)."""
@@ -155,6 +163,12 @@ class Registry(Generic[T]):
                 f"{where} is a {type(value).__name__}: a {self.kind} must be an instance of {known}"
                 + _lacks(value, pkgutil.resolve_name(self._bases[0]))
             )
+        for part, kind in self._parts.items():
+            wanted = pkgutil.resolve_name(kind)
+            if hasattr(value, part) and not isinstance(given := getattr(value, part), wanted):
+                raise UserError(
+                    f"{part} of {where} is a {type(given).__name__}: it must be a {wanted.__name__}"
+                )
         if not dataclasses.is_dataclass(value):
             raise UserError(
                 f"{where} is a {type(value).__name__}, which is no dataclass: decorate the class "
@@ -208,6 +222,7 @@ METHODS: Registry[KVQuantizer | ForeignCache] = Registry(
     "kvbench.methods",
     "METHODS",
     "kvbench.methods",
+    {"label": "builtins:str", "paper": "builtins:str", "needs": "kvbench.cache:Needs"},
 )
 MODELS: Registry[ModelEntry] = Registry(
     "model", "kvbench.models.zoo:ModelEntry", "kvbench.models.zoo", "MODELS", "kvbench.models"

@@ -29,7 +29,7 @@ from kvbench.cache.observers import Observed, attach, detach
 from kvbench.cache.specs import layer_specs
 from kvbench.cache.statistics import statistic_shape
 from kvbench.cache.windows import Residual, Sliding
-from kvbench.errors import UserError, fault
+from kvbench.errors import Mistake, UserError, fault
 
 
 class QuantizedCache(Cache):
@@ -258,7 +258,8 @@ def compose(
     """Ask a method for the storage of every layer.
 
     Raises:
-        UserError: it can't store such a layer, or its `layer` is broken; the message says where.
+        UserError: it can't store such a layer.
+        Mistake: its `layer` is broken; the message says where.
     """
     return tuple(_layer(method, spec, calibration) for spec in specs)
 
@@ -270,11 +271,11 @@ def _layer(method: KVQuantizer, spec: LayerSpec, calibration: Calibration | None
     except UserError:
         raise
     except Exception as error:  # a method is anyone's code
-        raise UserError(
+        raise Mistake(
             f"{where} fails for layer {spec.index} ({fault(error)}): repair it"
         ) from error
     if not isinstance(quantizer, LayerQuantizer):
-        raise UserError(
+        raise Mistake(
             f"{where} returns a {type(quantizer).__name__} for layer {spec.index}: "
             "it must return a LayerQuantizer"
         )
