@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Calibration,
         ForeignCache,
         KVQuantizer,
+        cache_argument,
         load_calibration,
         quantized_cache,
     )
@@ -49,6 +50,7 @@ __all__ = [
     "Task",
     "UserError",
     "__version__",
+    "cache_argument",
     "compare",
     "evaluate",
     "load_calibration",
@@ -58,7 +60,14 @@ __all__ = [
 
 _HOMES = {
     "api": ("compare", "evaluate", "measure_efficiency"),
-    "cache": ("Calibration", "ForeignCache", "KVQuantizer", "load_calibration", "quantized_cache"),
+    "cache": (
+        "Calibration",
+        "ForeignCache",
+        "KVQuantizer",
+        "cache_argument",
+        "load_calibration",
+        "quantized_cache",
+    ),
     "efficiency.rows": ("EfficiencyRow",),
     "errors": ("UserError",),
     "evaluation.rows": ("SampleRow",),

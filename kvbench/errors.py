@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class UserError(Exception):
     """Bad input. The message is one sentence: what is wrong, where, and what to do about it.
@@ -10,7 +12,23 @@ class UserError(Exception):
     """
 
 
+class Mistake(UserError):
+    """Code that someone added to kvbench, a method say, does what its author can't have meant."""
+
+
 def brief(text: str) -> str:
     """A user's own text for a message: on one line, not longer than 100 characters."""
     line = repr(text)[1:-1]
     return line if len(line) <= 100 else line[:97] + "..."
+
+
+def fault(error: BaseException) -> str:
+    """What another's code raised and where, for a message: `TypeError: …, FILE:12`.
+
+    The last line of the traceback stands for the place; a syntax error names its own.
+    """
+    what = f"{type(error).__name__}: {error}".rstrip(": ").replace("\n", " ")
+    if isinstance(error, SyntaxError):
+        return f"{what.rpartition(' (')[0]}, {error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{what}, {frames[-1].filename}:{frames[-1].lineno}" if frames else what

@@ -12,10 +12,10 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from kvbench.errors import UserError
+from kvbench.errors import UserError, fault
 from kvbench.specs import canonical_spec, configured, parse_spec, split_specs, suggestion
 
 if TYPE_CHECKING:
@@ -55,16 +55,24 @@ class Registry(Generic[T]):
         package: Package whose modules are searched (not those named ``_...``), or a single module.
         attribute: Name of the ``dict[str, T]`` that a searched module may define.
         group: Entry-point group of other distributions' objects; a value names the object itself.
+        parts: Class of attributes that an object may have, as ``base``'s.
     """
 
     def __init__(
-        self, kind: str, base: str | tuple[str, ...], package: str, attribute: str, group: str
+        self,
+        kind: str,
+        base: str | tuple[str, ...],
+        package: str,
+        attribute: str,
+        group: str,
+        parts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.kind = kind
         self._bases = (base,) if isinstance(base, str) else base
         self._package = package
         self._attribute = attribute
         self._group = group
+        self._parts = parts
 
     def names(self) -> list[str]:
         """All names: built-in ones in their modules' order, then plug-ins (not imported yet)."""
@@ -140,7 +148,7 @@ class Registry(Generic[T]):
         except (Exception, SystemExit) as error:
             raise UserError(
                 f"{self.kind} {point.name!r} comes from the plug-in {point.value}, which can't be "
-                f"imported ({type(error).__name__}: {error}): repair or uninstall it"
+                f"imported ({fault(error)}): repair or uninstall it"
             ) from error
         return self._checked(point.name, value, f"the plug-in {point.value}")
 
@@ -153,7 +161,14 @@ class Registry(Generic[T]):
             known = " or ".join(base.replace(":", ".") for base in self._bases)
             raise UserError(
                 f"{where} is a {type(value).__name__}: a {self.kind} must be an instance of {known}"
+                + _lacks(value, pkgutil.resolve_name(self._bases[0]))
             )
+        for part, kind in self._parts.items():
+            wanted = pkgutil.resolve_name(kind)
+            if hasattr(value, part) and not isinstance(given := getattr(value, part), wanted):
+                raise UserError(
+                    f"{part} of {where} is a {type(given).__name__}: it must be a {wanted.__name__}"
+                )
         if not dataclasses.is_dataclass(value):
             raise UserError(
                 f"{where} is a {type(value).__name__}, which is no dataclass: decorate the class "
@@ -171,6 +186,16 @@ class Registry(Generic[T]):
         return f"unknown {self.kind} {name!r}: {suggestion(name, self.names(), 'known are')}"
 
 
+def _lacks(value: object, base: type) -> str:
+    """End of a message about something that has a part of a protocol's attributes."""
+    if not getattr(base, "_is_protocol", False):
+        return ""
+    wanted = {*base.__annotations__, *vars(base)}
+    wanted = {name for name in wanted if not name.startswith("_")}
+    missing = sorted(name for name in wanted if not hasattr(value, name))
+    return f"; it has no {' and no '.join(missing)}" if len(missing) < len(wanted) else ""
+
+
 def _modules(package: str) -> Iterator[ModuleType]:
     """Import the modules directly inside `package`; a plain module stands for itself."""
     root = importlib.import_module(package)
@@ -179,7 +204,16 @@ def _modules(package: str) -> Iterator[ModuleType]:
         return
     for info in pkgutil.iter_modules(root.__path__):
         if not info.name.startswith("_"):
-            yield importlib.import_module(f"{package}.{info.name}")
+            yield _module(f"{package}.{info.name}")
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except UserError:
+        raise
+    except Exception as error:  # whoever adds a file makes mistakes in it
+        raise UserError(f"{name} can't be imported ({fault(error)}): repair it") from error
 
 
 METHODS: Registry[KVQuantizer | ForeignCache] = Registry(
@@ -188,6 +222,7 @@ METHODS: Registry[KVQuantizer | ForeignCache] = Registry(
     "kvbench.methods",
     "METHODS",
     "kvbench.methods",
+    {"label": "builtins:str", "paper": "builtins:str", "needs": "kvbench.cache:Needs"},
 )
 MODELS: Registry[ModelEntry] = Registry(
     "model", "kvbench.models.zoo:ModelEntry", "kvbench.models.zoo", "MODELS", "kvbench.models"

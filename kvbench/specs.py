@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from kvbench.errors import UserError
+from kvbench.errors import UserError, fault
 
 T = TypeVar("T")
 
@@ -94,7 +94,13 @@ def configured(instance: T, parameters: Mapping[str, str]) -> T:
             values[key] = _convert(text, hints[key])
         except ValueError as error:
             raise UserError(f"parameter {key!r} of {owner} must be {error}, not {text!r}") from None
-    return dataclasses.replace(instance, **values)  # type: ignore[type-var]
+    try:
+        return dataclasses.replace(instance, **values)  # type: ignore[type-var]
+    except UserError:
+        raise
+    except Exception as error:  # a plug-in refuses a value in its own way
+        given = ", ".join(f"{key}={text}" for key, text in parameters.items())
+        raise UserError(f"{owner} can't be had with {given}: {fault(error)}") from error
 
 
 def canonical_spec(name: str, default: object, instance: object) -> str:
@@ -138,7 +144,14 @@ def _settable(instance: object) -> dict[str, Any]:
     """Type of each field that can be given as text, by name."""
     if not dataclasses.is_dataclass(instance):
         return {}
-    hints = get_type_hints(type(instance))
+    owner = type(instance)
+    try:
+        hints = get_type_hints(owner)
+    except Exception as error:
+        raise UserError(
+            f"the annotations of {owner.__module__}.{owner.__name__} can't be read "
+            f"({type(error).__name__}: {error}): import the names that they use"
+        ) from error
     return {
         field.name: hints[field.name]
         for field in dataclasses.fields(instance)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.main import get_command
 
-from kvbench import quantized_cache
+from kvbench import cache_argument, quantized_cache
 from kvbench.cli import app
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -76,7 +76,7 @@ def test_the_example_method_generates(
     answer = tiny.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **cache_argument(tiny.model, cache),
         max_new_tokens=3,
         min_new_tokens=3,
         do_sample=False,

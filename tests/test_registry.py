@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from textwrap import dedent
+from typing import Any, ClassVar
 
 import pytest
 
+from kvbench.cache import Needs
 from kvbench.errors import UserError
-from kvbench.registry import Registry
+from kvbench.registry import METHODS, Registry
 
 Plugins = Callable[[str], None]
 
@@ -101,6 +104,39 @@ def test_an_object_of_another_kind_is_refused(shelf: Path) -> None:
         books().names()
 
 
+@pytest.mark.parametrize(
+    ("text", "line"), [("x = (\n", 1), ("import nowhere_at_all\n", 1), ("\n\n1 / 0\n", 3)]
+)
+def test_a_module_with_a_mistake_is_named(shelf: Path, text: str, line: int) -> None:
+    (shelf / "verse.py").write_text(text)
+    with pytest.raises(UserError, match=rf"shelf\.verse can't .*verse\.py:{line}\)") as got:
+        books().names()
+    assert "\n" not in str(got.value)
+
+
+def test_what_a_method_lacks_is_named() -> None:
+    @dataclass(frozen=True)
+    class Nameless:
+        paper: ClassVar[str] = "-"
+        needs: ClassVar[Needs] = Needs()
+
+        def layer(self, spec: Any, calibration: Any) -> Any: ...
+
+    with pytest.raises(UserError, match=r"KVQuantizer or .*; it has no label$"):
+        METHODS._checked("x", Nameless(), "the plug-in a:b")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [("label", 5, "is a int: it must be a str"), ("needs", None, "is a NoneType: .* a Needs")],
+)
+def test_metadata_of_another_type_is_refused(part: str, value: Any, words: str) -> None:
+    parts = {"label": "-", "paper": "-", "needs": Needs(), "layer": id, part: value}
+    method = make_dataclass("Odd", [], namespace=parts, frozen=True)()
+    with pytest.raises(UserError, match=rf"^{part} of the plug-in a:b {words}"):
+        METHODS._checked("x", method, "the plug-in a:b")
+
+
 def test_plugins_are_listed_unseen_and_loaded_on_demand(plugins: Plugins) -> None:
     plugins("faust = extra:faust\n")
     registry = books()
@@ -115,7 +151,7 @@ def test_plugins_are_listed_unseen_and_loaded_on_demand(plugins: Plugins) -> Non
     [
         ("extra_broken:x", "ModuleNotFoundError: No module named 'not_installed_anywhere'"),
         ("extra:missing", "AttributeError"),
-        ("extra_leaves:x", "can't be imported (SystemExit: 3)"),
+        ("extra_leaves:x", "can't be imported (SystemExit: 3, "),
         ("extra:number", "extra:number is a int: a book must be an instance of shelf.base.Book"),
         ("extra:Pamphlet", "extra:Pamphlet is a class: a book must be an instance, Pamphlet(...)"),
         ("extra:werther", "is registered as 'bad' and calls itself 'werther': give the book one"),

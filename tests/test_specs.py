@@ -94,6 +94,28 @@ def test_bad_parameters(key: str, text: str, part: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_value_refused_by_any_exception_is_one_sentence() -> None:
+    @dataclass(frozen=True)
+    class Plain:
+        bits: int = 2
+
+        def __post_init__(self) -> None:
+            if self.bits > 8:
+                raise ValueError("too many bits")
+
+    with pytest.raises(UserError, match=r"Plain can't be had with bits=9: ValueError: too many"):
+        configured(Plain(), {"bits": "9"})
+
+
+def test_annotations_that_name_nothing_are_refused() -> None:
+    @dataclass(frozen=True)
+    class Lost:
+        bits: "Elsewhere" = 2  # type: ignore[name-defined]  # noqa: F821, UP037
+
+    with pytest.raises(UserError, match=r"annotations of .*Lost can't be read \(NameError: .*Else"):
+        configured(Lost(), {"bits": "9"})
+
+
 def test_canonical_text_names_changes_only() -> None:
     changed = Method(recent=64, clip=None, zero=False, layers=(0, 1))
     assert (

@@ -1,7 +1,7 @@
 """What the cache must see of a running model: padding, modality, positions, residual stream.
 
 transformers hands a cache keys and values only. Forward pre-hooks bring the rest to any
-`QuantizedCache` that is passed as `past_key_values`, and leave every other call alone.
+`QuantizedCache` that is passed as `cache`, and leave every other call alone.
 """
 
 from __future__ import annotations

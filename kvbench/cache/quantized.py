@@ -29,7 +29,7 @@ from kvbench.cache.observers import Observed, attach, detach
 from kvbench.cache.specs import layer_specs
 from kvbench.cache.statistics import statistic_shape
 from kvbench.cache.windows import Residual, Sliding
-from kvbench.errors import UserError
+from kvbench.errors import Mistake, UserError, fault
 
 
 class QuantizedCache(Cache):
@@ -158,7 +158,7 @@ def bind(
         )
     specs = layer_specs(model.config, text_salient_layers)
     _check_statistics(resolved, calibration, specs)
-    quantizers = tuple(resolved.layer(spec, calibration) for spec in specs)
+    quantizers = compose(resolved, specs, calibration)
     for quantizer, spec in zip(quantizers, specs, strict=True):
         _check_layer(quantizer, spec)
         sparse = bool(quantizer.sparse_tiers) and not quantizer.heads_apart
@@ -177,7 +177,7 @@ def quantized_cache(
     text_salient_layers: tuple[int, ...] = (0, 1),
     vision_mask: Tensor | None = None,
 ) -> Cache:
-    """A fresh cache for one call of `model.generate(**inputs, past_key_values=...)`.
+    """A fresh cache for one call of `model.generate(**inputs, **cache_argument(model, cache))`.
 
     From transformers 5.24 on that argument is `cache`, and the older name warns.
 
@@ -250,6 +250,36 @@ def _check_statistics(
                 f"the calibration's {name} is {tuple(have[name].shape)} where this model needs "
                 f"{shape}; calibrate this model."
             )
+
+
+def compose(
+    method: KVQuantizer, specs: Sequence[LayerSpec], calibration: Calibration | None
+) -> tuple[LayerQuantizer, ...]:
+    """Ask a method for the storage of every layer.
+
+    Raises:
+        UserError: it can't store such a layer.
+        Mistake: its `layer` is broken; the message says where.
+    """
+    return tuple(_layer(method, spec, calibration) for spec in specs)
+
+
+def _layer(method: KVQuantizer, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
+    where = f"layer() of {type(method).__name__}"
+    try:
+        quantizer = method.layer(spec, calibration)
+    except UserError:
+        raise
+    except Exception as error:  # a method is anyone's code
+        raise Mistake(
+            f"{where} fails for layer {spec.index} ({fault(error)}): repair it"
+        ) from error
+    if not isinstance(quantizer, LayerQuantizer):
+        raise Mistake(
+            f"{where} returns a {type(quantizer).__name__} for layer {spec.index}: "
+            "it must return a LayerQuantizer"
+        )
+    return quantizer
 
 
 def _check_layer(quantizer: LayerQuantizer, spec: LayerSpec) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
@@ -20,8 +21,16 @@ class Kind(StrEnum):
     TASKS = "tasks"
 
 
-def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """List methods, models or tasks, with what --methods, --models and --tasks call them."""
+def listing(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Only these, with what is written about each.")
+    ] = None,
+) -> None:
+    """List methods, models or tasks, with what --methods, --models and --tasks call them.
+
+    With names, also what is written about each: what it does and what its parameters mean.
+    """
     from tabulate import tabulate
 
     from kvbench.registry import METHODS, MODELS, TASKS, Registry
@@ -32,13 +41,27 @@ def listing(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None
         Kind.TASKS: TASKS,
     }
     registry, (heads, cells) = registries[kind], _COLUMNS[kind]
+    if names:
+        typer.echo("\n\n".join(_entry(name, heads, cells, registry.get(name)) for name in names))
+        return
     rows, broken = [], []
     for name in registry.names():
         try:
             rows.append((name, *cells(registry.get(name))))
         except UserError as error:
             broken.append(f"broken: {error}")
-    typer.echo("\n".join([tabulate(rows, ("name", *heads)), *broken]))
+    hint = f"What parameters mean, None among them: kvbench list {kind} NAME"
+    more = [hint] if kind is Kind.METHODS else []
+    typer.echo("\n".join([tabulate(rows, ("name", *heads)), *broken, *more]))
+
+
+def _entry(
+    name: str, heads: tuple[str, ...], cells: Callable[[Any], tuple[str, ...]], found: Any
+) -> str:
+    from tabulate import tabulate
+
+    rows = zip(("name", *heads), (name, *cells(found)), strict=True)
+    return f"{tabulate(rows, tablefmt='plain')}\n\n{inspect.getdoc(type(found)) or ''}".rstrip()
 
 
 def _method(method: Any) -> tuple[str, ...]:

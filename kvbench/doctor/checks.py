@@ -24,11 +24,12 @@ from kvbench.cache import (
     bind,
     kept_exact,
 )
+from kvbench.cache.quantized import compose
 from kvbench.doctor.findings import NOTHING, Finding, Status
 from kvbench.doctor.kernels import path
 from kvbench.doctor.probe import Spoken, divergence, long_prompt, prompts, speak
 from kvbench.doctor.request import DoctorRequest
-from kvbench.errors import UserError
+from kvbench.errors import Mistake, UserError
 from kvbench.evaluation.hardware import is_out_of_memory, load
 from kvbench.evaluation.rows import BOTH
 
@@ -74,7 +75,7 @@ class Exactly:
 
     def layer(self, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
         """The method's layer under a plan that quantizes nothing."""
-        return kept_exact(self.inner.layer(spec, calibration))
+        return kept_exact(compose(self.inner, (spec,), calibration)[0])
 
 
 def model_checks(request: DoctorRequest, entry: ModelEntry) -> Iterator[Finding]:
@@ -134,6 +135,8 @@ class _Patient:
         """Run a check; whatever it raises becomes its finding."""
         try:
             status, text, advice = check()
+        except Mistake as error:
+            status, text, advice = Status.FAIL, "has a mistake", str(error)
         except UserError as error:
             status, text = Status.NOTE, "can't store this model"
             advice = str(error)

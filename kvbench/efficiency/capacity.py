@@ -23,7 +23,7 @@ from kvbench.cache.contract import (
     Side,
 )
 from kvbench.cache.foreign import ForeignCache
-from kvbench.cache.quantized import BoundMethod, resolve
+from kvbench.cache.quantized import BoundMethod, compose, resolve
 from kvbench.cache.specs import layer_specs
 from kvbench.cache.statistics import statistic_shape
 from kvbench.efficiency.decoder import unsupported_model
@@ -281,7 +281,7 @@ def _quantizers(method: KVQuantizer, specs: Sequence[LayerSpec]) -> tuple[LayerQ
     """The method on every layer; statistics, where it needs them, are all ones."""
     ones = {name: torch.ones(statistic_shape(name, specs)) for name in method.needs.statistics}
     calibration = Calibration(ones) if ones else None
-    return tuple(method.layer(spec, calibration) for spec in specs)
+    return compose(method, specs, calibration)
 
 
 def _is_static(bound: BoundMethod) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from kvbench import quantized_cache
 from kvbench.cache import (
     EXACT,
     Affine,
+    Calibration,
     Exact,
     LayerQuantizer,
     LayerSpec,
@@ -124,6 +126,29 @@ CHANNELS = Affine(2, 8)
 def test_parts_that_do_not_fit_are_refused(tiny_text_model, key: Side, value: Side) -> None:
     with pytest.raises(UserError):
         bind(tiny_text_model().model, Composed(key, value, Uniform(2)))
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (
+            lambda: [][1],
+            r"fails for layer 0 \(IndexError: .*test_support\.py:\d+\): repair",
+        ),
+        (lambda: None, "returns a NoneType for layer 0: it must return a LayerQuantizer"),
+    ],
+)
+def test_a_method_with_a_mistake_is_named(
+    tiny_text_model: Any, result: Callable[[], Any], words: str
+) -> None:
+    @dataclass(frozen=True)
+    class Broken(Composed):
+        def layer(self, spec: LayerSpec, calibration: Calibration | None) -> LayerQuantizer:
+            return result()
+
+    side = Side({2: CHANNELS})
+    with pytest.raises(UserError, match=r"layer\(\) of Broken " + words):
+        bind(tiny_text_model().model, Broken(side, side, Uniform(2)))
 
 
 def prefill(model: Any, method: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typer.testing import Result
 
 import kvbench
 from kvbench.errors import UserError
-from kvbench.registry import TASKS
+from kvbench.registry import METHODS, TASKS
 
 Invoke = Callable[..., Result]
 
@@ -34,6 +37,31 @@ def test_list(invoke: Invoke, kind: str, words: list[str]) -> None:
     assert result.exit_code == 0, result.output
     for word in words:
         assert word in result.stdout
+
+
+def test_list_says_what_parameters_mean(invoke: Invoke) -> None:
+    """In the words of each class, so that a None is explained where it is defined."""
+    assert "kvbench list methods NAME" in invoke("list", "methods").stdout
+    result = invoke("list", "methods", "akvq_vl", "kivi")
+    assert result.exit_code == 0, result.output
+    for name in ("akvq_vl", "kivi"):
+        assert inspect.getdoc(type(METHODS.get(name))) in result.stdout
+    assert "clip=None" in result.stdout
+
+
+def test_every_none_is_explained() -> None:
+    for name in METHODS.names():
+        method: Any = METHODS.get(name)
+        if any(getattr(method, field.name) is None for field in dataclasses.fields(method)):
+            assert re.search(r"\bNone\b", inspect.getdoc(type(method)) or ""), name
+
+
+def test_list_refuses_unknown_names(invoke: Invoke) -> None:
+    result = invoke("list", "methods", "kivy")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "kvbench: unknown method 'kivy': did you mean kivi?\n",
+    )
 
 
 def test_list_refuses_other_kinds(invoke: Invoke) -> None:

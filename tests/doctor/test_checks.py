@@ -15,6 +15,7 @@ from kvbench.cache.storage import Segment
 from kvbench.doctor import DoctorRequest, Finding, Status
 from kvbench.doctor import checks as module
 from kvbench.evaluation import choices
+from kvbench.registry import METHODS
 
 Examined = Callable[..., dict[str, Finding]]
 
@@ -94,6 +95,18 @@ def test_a_method_that_does_not_fit_is_noted(examined: Examined) -> None:
     (finding,) = (f for name, f in found.items() if name.startswith("rtn_int2"))
     assert finding.status == Status.NOTE
     assert "group size" in finding.advice
+
+
+def test_a_mistake_in_a_method_is_a_failure(
+    examined: Examined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def layer(self: Any, spec: Any, calibration: Any) -> Any:
+        return spec.nowhere
+
+    monkeypatch.setattr(type(METHODS.get("rtn_int2")), "layer", layer)
+    finding = examined("rtn_int2")["rtn_int2"]
+    assert (finding.status, finding.text) == (Status.FAIL, "has a mistake")
+    assert "layer() of RTN fails for layer 0 (AttributeError: " in finding.advice
 
 
 def test_a_crash_is_a_finding(examined: Examined, monkeypatch: pytest.MonkeyPatch) -> None:
