@@ -177,7 +177,7 @@ def test_list_shows_them_and_what_is_broken(run: Run, kind: str, parts: list[str
     assert done.returncode == 0, done.stderr
     broken = {
         "methods": [
-            "plug-in shop_broken:METHOD, which can't be imported (RuntimeError: half installed)",
+            "plug-in shop_broken:METHOD, which can't be imported (RuntimeError: half installed, ",
             "shop:Shop4 is a class: a method must be an instance, Shop4(...)",
         ],
         "models": [],
