@@ -99,8 +99,8 @@ def launches(spans: int) -> list[tuple[int, ...]]:
     """Which spans share a launch, by place: the first and the last, and so on to the middle.
 
     Programs of packed and of exact spans side by side keep both arithmetic and memory busy. The
-    code of three kinds of span doesn't fit a multiprocessor's instruction cache: a launch of 2, 4
-    and 16 bits took twice as long as two launches (H200; 76 % of stalls waited for instructions).
+    code of three kinds of span doesn't fit a multiprocessor's instruction cache: on an H200, one
+    launch of 2, 4 and 16 bits took twice as long as two, most of it waiting for instructions.
     """
     return [tuple(sorted({place, spans - 1 - place})) for place in range((spans + 1) // 2)]
 

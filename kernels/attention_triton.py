@@ -69,6 +69,18 @@ def tile_range(
 
 
 @triton.jit
+def those_inside(
+    tile: tl.tensor, before: tl.tensor, high: tl.tensor, KEYS: tl.constexpr, SHAPE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Which tokens of a tile are a split's: one by one, laid out as by `folded`, and by eights."""
+    every, own = tl.arange(0, SHAPE.tile), own_tokens(SHAPE)
+    inside, valid = tile + every < high, tile + own < high
+    if KEYS.tokens > 0:  # the first tile may begin before the first token
+        inside, valid = inside & (tile + every >= before), valid & (tile + own >= before)
+    return inside, valid, (tile + every) // 8 * 8 < high
+
+
+@triton.jit
 def side_at(
     side: tl.tuple, row: tl.tensor, head: tl.tensor, SIDE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tuple, tl.tensor, tl.tensor]:
@@ -231,13 +243,10 @@ def attend_span(
     largest, total, sums, shares = nothing_yet(VALUES, SHAPE)
     oldest = tl.load(column + row) - limits[2] if SHAPE.window else 0
     TILE: tl.constexpr = SHAPE.tile
-    own, every = own_tokens(SHAPE), tl.arange(0, TILE)
+    every = tl.arange(0, TILE)
     for tile_start in tl.range(low, high, TILE, num_stages=SHAPE.stages):
         tile = tl.multiple_of(tile_start, TILE)
-        inside, valid = tile + every < high, tile + own < high
-        if KEYS.tokens > 0:  # the first tile may begin before the first token
-            inside, valid = inside & (tile + every >= before), valid & (tile + own >= before)
-        blocks = (tile + every) // 8 * 8 < high
+        inside, valid, blocks = those_inside(tile, before, high, KEYS, SHAPE)
         scores, rows = scores_of(question, key, tile, before, inside, blocks, KEYS, SHAPE)
         if SHAPE.window:
             seen = tl.load(columns + row * columns_stride + rows, mask=inside, other=0) > oldest
