@@ -138,14 +138,23 @@ def _launch(
 
 def _span_arguments(span: Span) -> tuple[Any, ...]:
     """A span as the kernel takes it: any tensor for what isn't there."""
-    columns = span.lengths[:, None] if span.columns is None else span.columns
+    lengths = _aligned(span.lengths)
+    columns = lengths[:, None] if span.columns is None else _aligned(span.columns)
     return (
-        _arguments(span.keys, span.key_starts, span.lengths),
-        _arguments(span.values, span.value_starts, span.lengths),
-        span.lengths,
+        _arguments(span.keys, span.key_starts, lengths),
+        _arguments(span.values, span.value_starts, lengths),
+        lengths,
         columns,
         columns.stride(0),
     )
+
+
+def _aligned(numbers: Tensor) -> Tensor:
+    """The same at an address that 16 divides: there's another compilation for those that aren't.
+
+    Rows of a larger tensor, such as a micro-batch's, would need one after the other.
+    """
+    return numbers if numbers.data_ptr() % 16 == 0 else numbers.clone()
 
 
 def _layout(
@@ -160,7 +169,7 @@ def _layout(
 
 def _arguments(states: States, starts: Tensor | None, nothing: Tensor) -> tuple[Any, ...]:
     """A side as `side_at` takes it, codes as 16-bit words; `nothing` where there are no starts."""
-    starts = nothing if starts is None else starts
+    starts = nothing if starts is None else _aligned(starts)
     if isinstance(states, Tensor):
         no_strides = (0, 0, 0)
         tensors = states, states, states

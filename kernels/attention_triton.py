@@ -163,7 +163,7 @@ def scores_of(
 
 
 # Splits follow the number of rows: one kernel serves a prompt's last micro-batch as well.
-@triton.jit(do_not_specialize=("slots", "splits"))
+@triton.jit(do_not_specialize=("slots", "splits"), do_not_specialize_on_alignment=("column",))
 def attend(
     query: tl.tuple,
     spans: tl.tuple,

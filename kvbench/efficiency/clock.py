@@ -43,12 +43,11 @@ class Clock:
         total, spent = time.perf_counter() - self._began, self._between()
         prefill = sum(spent[:prompts])
         return {
+            "prompts_s": tuple(spent[:prompts]),
             "ttft_s": prefill,
-            "ttft_first_s": spent[0],
-            "prefill_s": prefill,
+            "tpot_s": tuple(spent[prompts:]),
             "decode_s": total - prefill,
             "total_s": total,
-            "tpot_s": tuple(spent[prompts:]),
         }
 
     def _between(self) -> list[float]:

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
+
+from kvbench.efficiency.nvml import handle_of, opened, process_bytes, tried
 
 _INTERVAL = 0.01  # seconds; a prefill's allocations live longer
 _PATIENCE = 10.0  # seconds for the driver to answer
 RESERVE = 256 << 20
 """Bytes of a memory limit for kernels that are loaded only in the course of a run."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """A GPU as the driver sees it; memory in bytes, and the driver's version."""
-
-    name: str
-    memory: int
-    driver: str = ""
 
 
 class DriverMeter:
@@ -71,10 +63,10 @@ class DriverMeter:
         self._thread.join()
 
     def _watch(self) -> None:
-        with _nvml() as nvml:
-            handle = None if nvml is None else _handle(nvml, self._device)
+        with opened() as nvml:
+            handle = None if nvml is None else handle_of(nvml, self._device)
             if handle is not None:
-                self._before = _tried(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used) or 0
+                self._before = tried(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used) or 0
                 self.source = "device"
             with self._ticked:
                 self._ticked.notify_all()
@@ -85,11 +77,11 @@ class DriverMeter:
                     return
 
     def _sample(self, nvml: Any, handle: Any) -> None:
-        own = _process_bytes(nvml, handle, os.getpid())
+        own = process_bytes(nvml, handle, os.getpid())
         if own and self.source == "device":
             self.source, self._peak = "process", 0
         if self.source == "device":
-            used = _tried(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used) or 0
+            used = tried(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used) or 0
             own = max(used - self._before, 0)
         with self._ticked:
             self._now = own or 0
@@ -171,63 +163,3 @@ def torch_peak(device: str = "cuda") -> int | None:
     if not device.startswith("cuda") or not torch.cuda.is_available():
         return None
     return torch.cuda.max_memory_allocated(device)
-
-
-def visible_device(device: str = "cuda") -> Card | None:
-    """The card that CUDA would use, without touching CUDA; None without card or driver."""
-    with _nvml() as nvml:
-        handle = None if nvml is None else _handle(nvml, device)
-        if handle is None:
-            return None
-        memory = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
-        name, driver = nvml.nvmlDeviceGetName(handle), nvml.nvmlSystemGetDriverVersion()
-        return Card(_text(name), memory, _text(driver))
-
-
-@contextmanager
-def _nvml() -> Iterator[Any]:
-    """The library, or None where it is missing or finds no driver."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # the package raises its own errors, ctypes OSError
-        yield None
-        return
-    try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _handle(nvml: Any, device: str) -> Any:
-    """NVML counts all cards, CUDA those in CUDA_VISIBLE_DEVICES. None for what is no such card."""
-    kind, _, number = device.partition(":")
-    if kind != "cuda":
-        return None
-    index, shown = int(number or 0), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown is None:
-        return _tried(lambda: nvml.nvmlDeviceGetHandleByIndex(index))
-    names = [name.strip() for name in shown.split(",")]
-    if index >= len(names) or names[index] in ("", "-1"):
-        return None
-    if names[index].isdigit():
-        return _tried(lambda: nvml.nvmlDeviceGetHandleByIndex(int(names[index])))
-    return _tried(lambda: nvml.nvmlDeviceGetHandleByUUID(names[index]))
-
-
-def _process_bytes(nvml: Any, handle: Any, pid: int) -> int | None:
-    """In a container the driver may list other numbers, or nothing."""
-    found = _tried(lambda: nvml.nvmlDeviceGetComputeRunningProcesses(handle)) or ()
-    return next((process.usedGpuMemory for process in found if process.pid == pid), None)
-
-
-def _tried(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except Exception:  # NVMLError is no class that a missing package would have
-        return None
-
-
-def _text(name: str | bytes) -> str:
-    return name.decode() if isinstance(name, bytes) else name

@@ -186,7 +186,6 @@ def _modelled(
         workspace_bytes=peak.workspace,
         activation_bytes=peak.activations,
         ttft_s=prefill,
-        prefill_s=prefill,
         decode_s=decode,
         total_s=None if prefill is None or decode is None else prefill + decode,
         tpot_s=() if step is None else (step,),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvbench.efficiency.meters import visible_device
+from kvbench.efficiency.nvml import visible_device
 from kvbench.errors import UserError
 from kvbench.specs import suggestion
 

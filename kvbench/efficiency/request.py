@@ -80,13 +80,12 @@ class TrialResult:
     """What the decode step keeps besides the cache."""
     activation_bytes: int | None = None
     """The rest of the allocator's peak: prefill activations."""
+    prompts_s: tuple[float, ...] = ()
+    """One a micro-batch of prompts, until its rows have their first tokens."""
     ttft_s: float | None = None
     """Until the first token of every row is there."""
-    ttft_first_s: float | None = None
-    """Until the first micro-batch has its first token."""
     tpot_s: tuple[float, ...] = ()
     """One a decode step."""
-    prefill_s: float | None = None
     decode_s: float | None = None
     total_s: float | None = None
     bytes_per_step: float | None = None
@@ -108,4 +107,9 @@ class TrialResult:
         """Read what `save` wrote; unknown names are left out."""
         known = {field.name for field in fields(cls)}
         kept = {name: value for name, value in content.items() if name in known}
-        return cls(**{**kept, "tpot_s": tuple(kept.get("tpot_s", ()))})
+        return cls(**with_tuples(kept))
+
+
+def with_tuples(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A result's fields from JSON, which has lists for tuples."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}

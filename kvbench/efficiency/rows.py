@@ -11,12 +11,12 @@ from statistics import fmean, median, quantiles
 from typing import Any, Literal, TypeVar
 
 from kvbench.cache.contract import Protocols
-from kvbench.efficiency.request import Runner, TrialResult
+from kvbench.efficiency.request import Runner, TrialResult, with_tuples
 from kvbench.efficiency.workload import Workload
 from kvbench.evaluation.lines import Kind
 from kvbench.evaluation.typed import check_types, fields_of, to_line
 
-SCHEMA = 1
+SCHEMA = 2
 ROWS = "efficiency.jsonl"
 TRIES = "tries.jsonl"
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -147,8 +147,7 @@ R = TypeVar("R", EfficiencyRow, TryRow)
 
 def _parser(row: type[R]) -> Any:
     def parse(line: str) -> R:
-        content = fields_of(line, row, SCHEMA)
-        return row(**{**content, "tpot_s": tuple(content["tpot_s"])})
+        return row(**with_tuples(fields_of(line, row, SCHEMA)))
 
     return parse
 

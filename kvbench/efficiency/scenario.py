@@ -14,7 +14,7 @@ from pathlib import Path
 
 import kvbench
 from kvbench.cache import ForeignCache
-from kvbench.efficiency.meters import visible_device
+from kvbench.efficiency.nvml import visible_device
 from kvbench.efficiency.profiles import Target
 from kvbench.efficiency.prompts import tokens_per_image, whole_images
 from kvbench.efficiency.rows import Setting

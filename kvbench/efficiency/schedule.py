@@ -16,6 +16,9 @@ from torch import Tensor
 from kvbench.cache.contract import EXACT, Window
 from kvbench.efficiency.workload import LayerLayout
 
+_ALIGNED = 4
+"""Numbers: a layer's counters then begin at an address that kernels take as it is."""
+
 
 @dataclass(frozen=True)
 class Moves:
@@ -53,7 +56,10 @@ class SharedWindow:
         self._exact = torch.tensor([[layout.key.exact] for layout in layouts], **ints)
         self._generated = torch.tensor([[layout.generated] for layout in layouts], **ints)
         precisions = sorted({bits for layout in layouts for bits in layout.key.packed})
-        self.held = {bits: torch.zeros(len(layouts), rows, **ints) for bits in (*precisions, EXACT)}
+        room = -(-rows // _ALIGNED) * _ALIGNED
+        self.held = {
+            bits: torch.zeros(len(layouts), room, **ints)[:, :rows] for bits in (*precisions, EXACT)
+        }
         self.tokens = torch.zeros(rows, **ints)
         self.first = torch.zeros(rows, **ints)
         """The row's token that opened the ring."""

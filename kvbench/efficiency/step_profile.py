@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from kvbench.cache.quantized import resolve
 from kvbench.efficiency.ceilings import ceilings
 from kvbench.efficiency.engine import StaticEngine, make_engine
+from kvbench.efficiency.power import Power, power_of
 from kvbench.efficiency.prompts import micro_batches
 from kvbench.efficiency.request import TrialRequest
 from kvbench.efficiency.scenario import Scenario, prompts_at_once, workload_of
@@ -50,12 +51,14 @@ class KernelTime:
 class Profile:
     """Kernels, longest first, and the time from the first's start to the last's end, both a pass.
 
-    The kernels add up to less than `ms` where the device waits between them.
+    The kernels add up to less than `ms` where the device waits between them. `power` is of all
+    other passes of the run, without a profiler; None where they are too few.
     """
 
     title: str
     ms: float
     kernels: tuple[KernelTime, ...]
+    power: Power | None = None
 
 
 def conditions() -> str:
@@ -102,13 +105,20 @@ def profile_step(request: TrialRequest, steps: int = 8) -> list[Profile]:
     (_, first), *others = micro_batches(model, request.workload, request.prefill_rows, request.seed)
     engine.prefill(0, first)  # compiles
     engine.forget()
+
+    def other_prompts() -> None:
+        for first_row, some in others:
+            engine.prefill(first_row, some)
+
+    def other_steps() -> None:
+        for _ in range(max(request.workload.output_tokens // 2 - steps, 0)):
+            engine.decode()
+
     prompt = _profiled(f"{len(first['input_ids'])} prompts", lambda: engine.prefill(0, first), 1)
-    for first_row, some in others:
-        engine.prefill(first_row, some)
-    for _ in range(max(request.workload.output_tokens // 2 - steps, 0)):
-        engine.decode()
-    title = f"a decode step of {request.workload.batch} rows"
-    return [prompt, _profiled(title, engine.decode, steps)]
+    prompt = replace(prompt, power=power_of(other_prompts))
+    power = power_of(other_steps)
+    step = _profiled(f"a decode step of {request.workload.batch} rows", engine.decode, steps)
+    return [prompt, replace(step, power=power)]
 
 
 def summed(launches: Iterable[Launch], passes: int) -> list[KernelTime]:
@@ -140,6 +150,7 @@ def table(profiles: Iterable[Profile], most: int = 16) -> str:
         rest = sum(kernel.ms for kernel in profile.kernels[most:])
         lines.append(("the rest", "", f"{rest:.3f}", f"{rest / busy:.0%}"))
         head = f"{profile.title}: {profile.ms:.2f} ms, kernels {busy:.2f} ms"
+        head += f"; the others {profile.power}" if profile.power else ""
         columns = ("kernel", "launches", "ms", "share")
         blocks.append(head + "\n\n" + tabulate(lines, columns, disable_numparse=True))
     return "\n\n".join(blocks)

@@ -174,6 +174,30 @@ def test_prompts_with_images_never_wait_for_the_device(tiny_llava: Any) -> None:
     never_waits(model, "akvq_vl", Workload(vision + 200, vision, 8, 4))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["fp16", "akvq_vl", "kivi", "rtn_int2_wht"])
+def test_later_rows_compile_nothing(
+    method: str, tiny_text_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.jit import JITFunction
+
+    model = model_of(tiny_text_model("llama", head_dim=64)).half()
+    workload = Workload(300, 0, 8, batch=7)
+    engine = make_engine(model, bound_to(model, method), workload)
+    prompts = micro_batches(model, workload, 1, seed=0)
+    engine.prefill(*next(prompts))
+    compiled: list[str] = []
+    compile_, name = JITFunction._do_compile, "_do_compile"
+    monkeypatch.setattr(
+        JITFunction, name, lambda self, *args: compiled.append(str(self)) or compile_(self, *args)
+    )
+    for first_row, some in prompts:
+        engine.prefill(first_row, some)
+    engine.decode()
+    assert not compiled
+
+
 def never_waits(model: Any, method: str, workload: Workload) -> None:
     model = model.half()
     engine = make_engine(model, bound_to(model, method), workload)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from kvbench.efficiency import meters
-from kvbench.efficiency.meters import Card, DriverMeter, peak_memory, visible_device
+from kvbench.efficiency.meters import DriverMeter, peak_memory
+from kvbench.efficiency.nvml import Card, visible_device
 
 GIB = 1 << 30
 

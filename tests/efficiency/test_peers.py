@@ -47,7 +47,7 @@ def test_a_full_run(tiny_llava, caches: list[DynamicCache]) -> None:
     assert result.cache_bytes == 3 * 30 * TOKEN
     assert len(result.tpot_s) == 6
     assert result.ttft_s is not None and result.total_s is not None
-    assert result.prefill_s == result.ttft_s and 0 < result.ttft_s < result.total_s
+    assert result.prompts_s == (result.ttft_s,) and 0 < result.ttft_s < result.total_s
     assert sum(result.tpot_s) == pytest.approx(result.decode_s, rel=0.3)
     parameters = sum(p.nbytes for p in tiny_llava.model.parameters())
     buffers = sum(b.nbytes for b in tiny_llava.model.buffers())

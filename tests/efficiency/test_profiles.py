@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvbench.efficiency import profiles
-from kvbench.efficiency.meters import Card
+from kvbench.efficiency.nvml import Card
 from kvbench.efficiency.profiles import PROFILES, choose_profile
 from kvbench.errors import UserError
 

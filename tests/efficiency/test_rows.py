@@ -13,6 +13,7 @@ import pytest
 from kvbench.efficiency.request import TrialResult
 from kvbench.efficiency.rows import (
     ROW_KIND,
+    SCHEMA,
     TRY_KIND,
     EfficiencyRow,
     Setting,
@@ -30,7 +31,8 @@ RESULT = TrialResult(
     "ok",
     peak_nvml=60 << 30,
     tpot_s=(0.02, 0.03, 0.01, 0.04),
-    prefill_s=2.0,
+    prompts_s=(1.5, 0.5),
+    ttft_s=2.0,
     decode_s=0.1,
     total_s=2.1,
     bytes_per_step=30e9,
@@ -124,7 +126,7 @@ def test_impossible_values_are_refused(name: str, value: object) -> None:
 
 
 def test_tries_survive_a_file(tmp_path: Path) -> None:
-    one = TryRow(**vars(RESULT), schema=1, key="k", request={"batch": 3}, seconds=1.5)
+    one = TryRow(**vars(RESULT), schema=SCHEMA, key="k", request={"batch": 3}, seconds=1.5)
     with Lines(tmp_path, TRY_KIND) as lines:
         lines.append(one)
     assert TRY_KIND.read(tmp_path / "tries.jsonl") == [one]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvbench.efficiency.power import Power
 from kvbench.efficiency.request import TrialRequest
 from kvbench.efficiency.step_profile import (
     KernelTime,
@@ -49,6 +50,10 @@ def test_the_table_shows_the_longest_and_the_rest() -> None:
     kernels = tuple(KernelTime(f"k{i}", 2, float(4 - i)) for i in range(4))
     lines = table([Profile("a step", 11.0, kernels)], most=2).splitlines()
     assert lines[0] == "a step: 11.00 ms, kernels 10.00 ms"
+    powered = Profile("a step", 11.0, kernels, Power(691.6, 700.0, 1515, 1980))
+    assert table([powered]).splitlines()[0] == (
+        "a step: 11.00 ms, kernels 10.00 ms; the others 692 of 700 W, 1,515 of 1,980 MHz"
+    )
     assert [line.split() for line in lines[-3:]] == [
         ["k0", "2", "4.000", "40%"],
         ["k1", "2", "3.000", "30%"],
