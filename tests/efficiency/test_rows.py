@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,17 @@ def test_the_newest_row_takes_the_place_of_older_code() -> None:
 def test_impossible_values_are_refused(name: str, value: object) -> None:
     with pytest.raises(UserError, match=name):
         dataclasses.replace(row(), **{name: value})
+
+
+def test_rows_of_the_first_schema_are_read(tmp_path: Path) -> None:
+    file = tmp_path / ROW_KIND.name
+    old = json.loads(row().to_json()) | {"schema": 1, "ttft_first_s": 1.5, "prefill_s": 2.0}
+    del old["prompts_s"]
+    file.write_text(json.dumps(old) + "\n")
+    assert read_efficiency(tmp_path) == [dataclasses.replace(row(), prompts_s=())]
+    file.write_text(json.dumps(old | {"schema": 0}) + "\n")
+    with pytest.raises(UserError, match="schema 0"):
+        read_efficiency(tmp_path)
 
 
 def test_tries_survive_a_file(tmp_path: Path) -> None:
