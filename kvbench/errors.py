@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
+
+_LIBRARIES = {"torch", "transformers", "triton"}
+"""Errors of arguments come up deep in them, but were made by whoever called."""
 
 
 class UserError(Exception):
@@ -25,10 +29,12 @@ def brief(text: str) -> str:
 def fault(error: BaseException) -> str:
     """What another's code raised and where, for a message: `TypeError: …, FILE:12`.
 
-    The last line of the traceback stands for the place; a syntax error names its own.
+    The last line of the traceback outside of torch and transformers stands for the place; a syntax
+    error names its own.
     """
     what = f"{type(error).__name__}: {error}".rstrip(": ").replace("\n", " ")
     if isinstance(error, SyntaxError):
         return f"{what.rpartition(' (')[0]}, {error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{what}, {frames[-1].filename}:{frames[-1].lineno}" if frames else what
+    own = [of for of in frames if not _LIBRARIES & set(Path(of.filename).parts)] or frames
+    return f"{what}, {own[-1].filename}:{own[-1].lineno}" if own else what

@@ -30,6 +30,7 @@ version = "1.0"
 shop4 = "shop:SHOP4"
 raises = "shop_broken:METHOD"
 class_not_instance = "shop:Shop4"
+clumsy = "shop:CLUMSY"
 
 [project.entry-points."kvbench.models"]
 shop_llava = "shop:MODEL"
@@ -70,6 +71,19 @@ class Shop4:
 
 
 @dataclass(frozen=True)
+class ClumsyPlan(Uniform):
+    def prompt(self, tokens):
+        return tokens.no_such_thing
+
+
+@dataclass(frozen=True)
+class Clumsy(Shop4):
+    def layer(self, spec, calibration):
+        side = super().layer(spec, calibration).key
+        return LayerQuantizer(side, side, ClumsyPlan(4))
+
+
+@dataclass(frozen=True)
 class Counting(MileBenchTask):
     def default_root(self):
         root = Path(os.environ["SHOP_DATA"])
@@ -105,6 +119,7 @@ def load(device, dtype):
 
 
 SHOP4 = Shop4()
+CLUMSY = Clumsy()
 MODEL = ModelEntry(
     "shop_llava", "Shop LLaVA", "llava", folder=Path(os.environ.get("SHOP_MODEL", "/no/such")),
     tokens_per_image=16, dtype="float32",
@@ -204,6 +219,24 @@ def test_eval_runs_them(run: Run, tmp_path: Path) -> None:
     assert all(row["packed_tokens_read"] for row in shop4)
     assert "Shop" not in (tmp_path / "table2.md").read_text()  # tables name methods as typed
     assert "shop4" in (tmp_path / "table2.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [(), ("--workers", "2")])
+def test_one_that_fails_leaves_the_others_their_rows(
+    run: Run, tmp_path: Path, workers: tuple[str, ...]
+) -> None:
+    grid = "--methods fp16,clumsy,shop4 --models shop_llava --tasks counting --device cpu"
+    words = [*grid.split(), "--max-new-tokens", "3", *workers]
+    done = run("eval", *words, "--out", tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("kvbench: ")]
+    assert line.startswith("kvbench: clumsy failed 2 times (AttributeError: 'Tokens' object has")
+    assert "shop.py:" in line
+    assert "Shop INT4" in done.stdout or "shop4" in done.stdout  # the others' table
+    found = {(row["method"], row["status"]) for row in rows(tmp_path / "samples.jsonl")}
+    assert found == {("fp16", "ok"), ("clumsy", "error"), ("shop4", "ok")}
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import typer
 from kvbench.cli.progress import Terminal
 from kvbench.cli.report import show
 from kvbench.cli.verbs import INTERRUPTED
+from kvbench.errors import Mistake
 
 
 def run_resumable(
@@ -18,7 +19,7 @@ def run_resumable(
     work: Callable[[Terminal], object],
     show: Callable[[Path], object] = show,
 ) -> None:
-    """Do the work behind a progress bar and show its tables; interrupted, those of the rows so far.
+    """Do the work behind a progress bar and show its tables; cut short, those of the rows so far.
 
     Args:
         out: The output folder.
@@ -38,6 +39,10 @@ def run_resumable(
         if has_rows(out / rows):
             show(out)
         raise typer.Exit(INTERRUPTED) from None
+    except Mistake:
+        if has_rows(out / rows):
+            show(out)
+        raise
     show(out)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import kvbench
 from kvbench.evaluation.environment import environment
+from kvbench.evaluation.failures import check_faults
 from kvbench.evaluation.hardware import check_available
 from kvbench.evaluation.progress import Progress
 from kvbench.evaluation.request import EvalRequest
@@ -25,6 +26,7 @@ def evaluate(request: EvalRequest, progress: Progress) -> None:
 
     Raises:
         UserError: data, a model, a method or the output folder can't be used; rows so far are kept.
+        Mistake: a method's code raised something; its rows say so, and all others are there.
     """
     for entry in request.models:  # the last one's would else be missed when the others are done
         check_available(entry)
@@ -39,9 +41,15 @@ def evaluate(request: EvalRequest, progress: Progress) -> None:
             from kvbench.evaluation.workers import run_jobs
 
             run_jobs(request, jobs, store, progress)
-            return
-        for job in jobs:
-            session.run(job)
+        else:
+            for job in jobs:
+                session.run(job)
+        methods = {choice.spec for choice in request.methods}
+        check_faults(
+            (row.method, row.error or "")
+            for row in store.rows()
+            if row.status == "error" and row.method in methods
+        )
 
 
 def _plain(request: EvalRequest, samples: dict[str, int]) -> dict[str, Any]:

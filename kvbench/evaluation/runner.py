@@ -11,9 +11,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 import kvbench
-from kvbench.errors import UserError
 from kvbench.evaluation.decode import Answer, Answers, Generation, answer
-from kvbench.evaluation.hardware import is_out_of_memory
+from kvbench.evaluation.failures import failure
 from kvbench.evaluation.progress import Progress
 from kvbench.evaluation.rows import SCHEMA, SampleRow, row_key
 from kvbench.evaluation.samples import Cell, Question, encoded
@@ -171,19 +170,23 @@ class BatchRunner:
         batch: _Batch,
         references: Sequence[Answer] | None,
     ) -> Sequence[Answer] | None:
-        """A batch's answers, their rows written; None when memory ran out, which is written too."""
+        """A batch's answers, their rows written; None when the method failed, which is written too.
+
+        Where the 16-bit cache fails, but for want of memory, it's no method's fault.
+        """
         try:
             answers = self._generate(method, batch.inputs, references)
         except Exception as error:
-            if isinstance(error, UserError) or not is_out_of_memory(error):
-                raise
             # The error's traceback holds the batch's tensors, so nothing else runs in this block.
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            status, reason = failure(error)
+            if method.is_reference and status == "error":
+                raise
         else:
             self._write_answers(method, batch, answers, references)
             return answers.rows
         for question in batch.questions:
-            self._write(self._failed(method, question, "oom", reason))
+            self._progress.note(f"{method.spec}, sample {question.sample.sample_id}: {reason}")
+            self._write(self._failed(method, question, status, reason))
         return None
 
     def _write_answers(

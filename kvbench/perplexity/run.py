@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import kvbench
 from kvbench.errors import UserError
 from kvbench.evaluation.environment import environment
-from kvbench.evaluation.hardware import check_available, is_out_of_memory, load
+from kvbench.evaluation.failures import check_faults, failure
+from kvbench.evaluation.hardware import check_available, load
 from kvbench.evaluation.lines import Lines
 from kvbench.evaluation.session import prepared_methods
 from kvbench.evaluation.store import write_run
@@ -42,6 +43,7 @@ def measure(request: PerplexityRequest, progress: Progress) -> None:
 
     Raises:
         UserError: the text, the model, a method or the folder can't be used; rows so far are kept.
+        Mistake: a method's code raised something; its rows say so, and all others are there.
     """
     text = read_text(request.text)
     check_available(request.model)
@@ -55,6 +57,7 @@ def measure(request: PerplexityRequest, progress: Progress) -> None:
         for start in range(0, count, request.batch):
             for protocol in request.protocols:
                 runner.run(protocol, range(start, min(start + request.batch, count)))
+        check_faults(runner.raised)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class Runner:
         """Calibrate if a method needs it, and make all methods ready."""
         self._request, self._loaded, self._text, self._windows = request, loaded, text, windows
         self._lines, self._progress = lines, progress
+        self.raised: list[tuple[str, str]] = []
+        """Methods whose code raised something, and what: a pair a batch."""
         statistics = calibration(request, loaded, text, windows, progress)
         self.methods = prepared_methods(
             loaded, request.methods, request.protocols, statistics, progress
@@ -145,9 +150,10 @@ class Runner:
             cache = method.new_cache(model)
             return list(forced_logits(model, batch.ids[:, :-1], cache, batch.context))
         except Exception as error:
-            if not is_out_of_memory(error):
+            status, reason = failure(error)
+            if status == "error":
                 raise
-            return f"the 16-bit reference ran out of memory: {_first_line(error)}"
+            return f"the 16-bit reference ran out of memory: {reason}"
 
     def _measure(
         self, method: PreparedMethod, batch: _Batch, reference: list[Tensor] | str
@@ -162,9 +168,9 @@ class Runner:
                 scores, usages, seconds = self._scored(method, batch, reference)
                 values = {"seconds": seconds}
             except Exception as error:
-                if isinstance(error, UserError) or not is_out_of_memory(error):
-                    raise
-                values["error"] = _first_line(error)
+                values["status"], values["error"] = failure(error)
+                if values["status"] == "error":
+                    self.raised.append((method.spec, values["error"]))
         identities = self._identities(method, batch)
         for identity, score, usage in zip(identities, scores, usages, strict=True):
             self._write(method, identity, score, {**values, **usage})
@@ -247,7 +253,3 @@ def _usages(method: PreparedMethod, model: Any, cache: Any, ids: Tensor) -> list
         }
         for row in rows
     ]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from kvbench.errors import UserError
+from kvbench.errors import Mistake, UserError
 from kvbench.evaluation.rows import SampleRow
 from kvbench.evaluation.runner import PreparedMethod
+from kvbench.evaluation.store import read_rows
 from kvbench.report import write_report
 from kvbench.tasks.minimile import VERSION
 
@@ -240,6 +241,35 @@ def test_sixteen_bits_out_of_memory_leave_the_others_their_answers(
     assert rows["fp16"].status == "oom"
     assert rows["rtn_int2"].status == "ok"
     assert (rows["rtn_int2"].kl_mean, rows["rtn_int2"].agrees) == (None, None)
+
+
+def test_a_methods_fault_is_a_status_and_told_when_all_is_done(
+    evaluated: Evaluated, listener: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    new_cache = PreparedMethod.new_cache
+
+    def clumsy(self: PreparedMethod, model: Any) -> Any:
+        if self.spec == "rtn_int4":
+            torch.nn.Linear(2, 3)(torch.zeros(5))
+        return new_cache(self, model)
+
+    methods, file = "fp16,rtn_int4,rtn_int2", tmp_path / "run" / "samples.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(Mistake) as told:
+        patch.setattr(PreparedMethod, "new_cache", clumsy)
+        evaluated(listener, methods=methods, limit=2)
+    assert "rtn_int4 failed 4 times (RuntimeError: mat1" in str(told.value)
+    assert f"{__file__}:{clumsy.__code__.co_firstlineno + 2}" in str(told.value)
+    assert (listener.total, listener.advanced) == (12, 12)
+    assert sum(note.startswith("rtn_int4, sample ") for note in listener.notes) == 4
+    rows = read_rows(file)
+    assert {(row.method, row.status) for row in rows} == {
+        ("fp16", "ok"), ("rtn_int4", "error"), ("rtn_int2", "ok"),
+    }  # fmt: skip
+    write_report(tmp_path / "run")
+    assert "| error" in (tmp_path / "run" / "table2.md").read_text()
+    # Another method's rows are no reason to end badly, and what was mended runs again.
+    evaluated(methods="fp16,rtn_int2", limit=2)
+    assert {row.status for row in evaluated(methods=methods, limit=2)} == {"ok"}
 
 
 def test_a_fault_of_the_program_is_not_a_status(

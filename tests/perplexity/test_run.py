@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvbench.errors import UserError
+from kvbench.errors import Mistake, UserError
 from kvbench.evaluation.hardware import load
 from kvbench.perplexity import score
-from kvbench.perplexity.rows import ROWS, PerplexityRow
+from kvbench.perplexity.rows import ROWS, PerplexityRow, read_perplexity
 from kvbench.perplexity.run import measure
 
 Measured = Callable[..., list[PerplexityRow]]
@@ -98,6 +98,25 @@ def test_one_that_reads_nothing_stored_is_refused(measured: Measured, listener: 
         assert row.status == "error" and row.nll is row.kl is None
         assert row.error is not None and "no quantized token was read" in row.error
     assert sum("larger --window" in note for note in listener.notes) == 3
+
+
+def test_a_methods_fault_is_a_status_and_told_when_all_is_done(
+    measured: Measured, asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced, calls = score.forced_logits, []
+
+    def fails(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise ValueError("a bug")
+        return forced(*args, **options)
+
+    monkeypatch.setattr(score, "forced_logits", fails)
+    with pytest.raises(Mistake, match=r"^rtn_int2 failed once \(ValueError: a bug, .*test_run.py:"):
+        measured()
+    rows = read_perplexity(asked("rtn_int2").out)
+    assert [row.status for row in rows if row.method == "rtn_int2"] == ["error", "error", "ok"]
+    assert {row.status for row in measured()} == {"ok"}
 
 
 def test_memory_that_runs_out_is_a_status(
