@@ -21,6 +21,7 @@ os.environ["TRITON_INTERPRET"] = "0" if os.path.exists("/dev/nvidiactl") else "1
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import functools
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ from kvbench.cache import Affine, LayerQuantizer, Needs, Side, Uniform
 from kvbench.registry import METHODS
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background jobs ignore Ctrl-C, and so would every process that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _EXAMPLES = os.environ.get("KVBENCH_EXAMPLES")
 hypothesis.settings.register_profile(
