@@ -18,11 +18,12 @@ from torch import Tensor
 
 from kvbench.cache import QuantizedCache, cache_argument
 from kvbench.defaults import REFERENCE
-from kvbench.errors import UserError
+from kvbench.errors import Mistake, UserError
 from kvbench.evaluation.calibration import calibrated, kept_statistics, statistics_for
 from kvbench.evaluation.choices import choose_methods
 from kvbench.evaluation.decode import Usage, peer_usage, prefill, without_last
-from kvbench.evaluation.hardware import is_out_of_memory, load
+from kvbench.evaluation.failures import failure
+from kvbench.evaluation.hardware import load
 from kvbench.evaluation.runner import PreparedMethod
 from kvbench.evaluation.samples import ask
 from kvbench.models.find import find_model
@@ -101,6 +102,7 @@ class _FromCache(_Parent):  # type: ignore[misc]
 
         Raises:
             UserError: An image can't be read, or a prompt is longer than the model.
+            Mistake: The method's code raises something.
         """
         shown = track(requests, "Requests", disable=disable_tqdm or self.progress is not None)
         # The parent collects garbage at every request; the model need not be searched each time.
@@ -152,8 +154,11 @@ class _FromCache(_Parent):  # type: ignore[misc]
         try:
             answers: list[str] = super().generate_until([self._opened(request)], disable_tqdm=True)
         except Exception as error:
-            if not is_out_of_memory(error):
+            status, reason = failure(error)
+            if status == "error" and self._method.is_reference:
                 raise
+            if status == "error":
+                raise Mistake(f"{self._method.spec} failed at {where} ({reason})") from error
             _log.warning("%s ran out of memory and counts as an empty answer: %s", where, error)
             self.out_of_memory.append(where)
             return ""

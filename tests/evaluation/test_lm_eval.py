@@ -13,7 +13,7 @@ import torch
 from lm_eval.api.instance import Instance
 from PIL import Image
 
-from kvbench.errors import UserError
+from kvbench.errors import Mistake, UserError
 from kvbench.evaluation.choices import choose_methods
 from kvbench.evaluation.decode import Generation, answer
 from kvbench.evaluation.lm_eval_model import KVBenchVLM
@@ -196,6 +196,25 @@ def test_one_request_without_memory_does_not_end_the_run(
     assert [key for key in found if found[key] != expected[key]] == [("milebench_oe", 1)]
     assert found["milebench_oe", 1] == ""
     assert results["config"]["kvbench"]["out_of_memory"] == ["milebench_oe/1"]
+
+
+@pytest.mark.parametrize(("method", "raised"), [("rtn_int2", Mistake), ("fp16", ValueError)])
+def test_a_methods_fault_is_a_sentence_and_the_programs_is_not(
+    run: Evaluate,
+    loaded: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    raised: type[Exception],
+) -> None:
+    def fails(**arguments: Any) -> Any:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(loaded.model, "generate", fails)
+    with pytest.raises(raised) as told:
+        run(KVBenchVLM(loaded, kv_method=method))
+    if raised is Mistake:
+        expected = "rtn_int2 failed at milebench_oe/0 (ValueError: a bug, "
+        assert str(told.value).startswith(expected) and "test_lm_eval.py:" in str(told.value)
 
 
 def test_a_broken_image_ends_the_run(loaded: LoadedModel, tmp_path: Path) -> None:
