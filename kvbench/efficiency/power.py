@@ -25,19 +25,19 @@ class Power:
         return f"{self.watts:.0f} of {self.limit:.0f} W, {self.clock:,} of {self.top_clock:,} MHz"
 
 
-def power_of(work: Callable[[], object], device: str = "cuda") -> Power | None:
-    """Run `work` to its end on the device and say what that drew; None where the driver doesn't.
+def power_of(work: Callable[[], object]) -> Power | None:
+    """Run `work` to its end on CUDA and say what that drew; None where the driver doesn't.
 
     The driver counts energy some ten times a second: only work of a second or more counts.
     """
     with opened() as nvml:
-        handle = None if nvml is None else handle_of(nvml, device)
+        handle = None if nvml is None else handle_of(nvml, "cuda")
         before = tried(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))  # mJ
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
         began = time.perf_counter()
         work()  # asks for it: the device has yet to do the last of it
         clock = tried(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         after = tried(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
         limit = tried(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle))  # mW

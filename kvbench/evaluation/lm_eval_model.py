@@ -155,9 +155,9 @@ class _FromCache(_Parent):  # type: ignore[misc]
             answers: list[str] = super().generate_until([self._opened(request)], disable_tqdm=True)
         except Exception as error:
             status, reason = failure(error)
-            if status == "error" and self._method.is_reference:
-                raise
             if status == "error":
+                if self._method.is_reference:
+                    raise
                 raise Mistake(f"{self._method.spec} failed at {where} ({reason})") from error
             _log.warning("%s ran out of memory and counts as an empty answer: %s", where, error)
             self.out_of_memory.append(where)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 from kvbench.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
@@ -40,8 +42,15 @@ def to_line(row: DataclassInstance) -> str:
     return json.dumps(dataclasses.asdict(row), allow_nan=False)
 
 
-def fields_of(line: str, row: type[DataclassInstance], schema: int) -> dict[str, Any]:
+def fields_of(
+    line: str,
+    row: type[DataclassInstance],
+    schema: int,
+    renewed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> dict[str, Any]:
     """Return the values in a line, one for each field of the class.
+
+    `renewed` makes values of an older schema those of today's, and leaves all others alone.
 
     Raises:
         UserError: The text is no JSON object, another schema's, or lacks or adds a field.
@@ -52,6 +61,7 @@ def fields_of(line: str, row: type[DataclassInstance], schema: int) -> dict[str,
         raise UserError(f"a result row is no JSON ({error}): delete that line") from error
     if not isinstance(data, dict):
         raise UserError("a result row is no JSON object: delete that line")
+    data = renewed(data)
     if data.get("schema") != schema:
         raise UserError(
             f"result row of schema {data.get('schema')!r}, but this kvbench reads schema "

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.kernels import attention_launch
 from kvbench.kernels.attention import (
     MAX_SPLITS,
     _split_count,
@@ -18,7 +17,7 @@ from kvbench.kernels.attention import (
     split_counts,
     unsupported,
 )
-from kvbench.kernels.attention_launch import Question, Tuning, decode, launches
+from kvbench.kernels.attention_launch import Question, Tuning, decode
 from kvbench.kernels.packing import pack
 from kvbench.kernels.states import PackedStates, Span, States
 
@@ -213,40 +212,6 @@ def test_spans_of_all_precisions_are_one_softmax(splits: Sequence[int]) -> None:
         Piece(exact(48), exact(48), (17, 48), (40, 9), (9, 40)),
     ]
     check(pieces, heads=4, splits=splits)
-
-
-def test_a_launch_takes_two_spans_at_most() -> None:
-    assert [launches(count) for count in (1, 2, 3, 4)] == [
-        [(0,)],
-        [(0, 1)],
-        [(0, 2), (1,)],
-        [(0, 3), (1, 2)],
-    ]
-
-
-def test_rows_of_larger_tensors_share_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, tokens = 9, 17
-    states = torch.randn(rows, H, tokens, D, dtype=torch.float16)
-    numbers = torch.ones(3, rows, dtype=torch.int32)
-    columns = torch.zeros(rows, tokens, dtype=torch.int32)
-    span = Span(states, states, *numbers, columns)
-    launched: list[tuple[Any, ...]] = []
-
-    class Attend:
-        def __getitem__(self, grid: object) -> Any:
-            return lambda query, spans, *rest, **options: launched.append(spans[0])
-
-    monkeypatch.setattr(attention_launch, "attend", Attend())
-    for first in range(rows - 1):
-        own = slice(first, first + 2)
-        question = Question(torch.randn(2, H, D).half(), 1.0, window=9, columns=numbers[0, own])
-        decode(question, [span[own]], torch.empty(2, H, D), [1])
-    for first, (keys, values, *per_row) in enumerate(launched):
-        given = (keys[3], values[3], *per_row[:2])
-        expected = (*numbers[[1, 2, 0], first : first + 2], columns[first : first + 2])
-        assert all(map(torch.equal, given, expected))
-        assert not any(of.data_ptr() % 16 for of in given)
-    assert len(launched) == rows - 1
 
 
 @pytest.mark.parametrize(
